@@ -1,0 +1,256 @@
+"""A grid becomes cells with ids, or reasons why a combination is impossible; and what each cell will cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ablate.grid import COMPONENT_AXES, Grid
+from ablate.recipe import Recipe, Strict
+from ablate.source import InputError, Location, choices
+
+FORMAT = 1  # of the files in results/; a change in meaning raises it
+
+
+class Component(Strict):
+    """One value of an axis with every parameter spelled out: {"name": "grpo", "clip_range": 0.001}."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Cell(Strict):
+    """A resolved cell: all that its result depends on. Written to cell.json."""
+
+    format: int = FORMAT
+    id: str
+    grid: str
+    objective: str
+    estimator: str
+    sampler: str
+    seed: int
+    axes: dict[str, Any]  # values of recipe axes, by dotted path
+    components: dict[str, Component]
+    recipe: Recipe
+    versions: dict[str, str]  # of the reward and the embedded model
+
+
+class Excluded(Strict):
+    """A combination that cannot exist, and why."""
+
+    objective: str
+    estimator: str
+    sampler: str
+    axes: dict[str, Any] = {}
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Network calls per trained image: `forward` without gradient, `backward` with (a forward and a backward)."""
+
+    rollout: int
+    forward: int
+    backward: int
+
+    @property
+    def nfe(self) -> int:
+        """Calls in all, a backward counted as two more."""
+        return self.rollout + self.forward + 3 * self.backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All cells of a grid and all excluded combinations: together, per seed, the full product."""
+
+    grid: str
+    cells: tuple[Cell, ...]
+    excluded: tuple[Excluded, ...]
+
+
+def make_plan(grid: Grid, versions: Mapping[str, str]) -> Plan:
+    """Cross the axes. `versions` identify what lies outside the grid file, such as reward and embedded model.
+
+    Raises InputError for a component that does not exist or has impossible parameters, with file and line.
+    """
+    axes = grid.file.axes
+    components = {
+        axis: [resolve(axis, value, grid, ("axes", axis, i)) for i, value in enumerate(axes[axis])]
+        for axis in COMPONENT_AXES
+    }
+    for axis, values in components.items():
+        for i, (component, _) in enumerate(values):
+            if component in [c for c, _ in values[:i]]:
+                raise grid.source.error(("axes", axis, i), f"{component.name!r} with the same parameters is there twice")
+    recipe_axes = {name: values for name, values in axes.items() if name not in COMPONENT_AXES}
+    cells, excluded = [], []
+    for values in itertools.product(*recipe_axes.values()):
+        settings = dict(zip(recipe_axes, values, strict=True))
+        recipe = grid.recipe_with(settings)
+        for combination in itertools.product(*(components[axis] for axis in COMPONENT_AXES)):
+            parts = {axis: component for axis, (component, _) in zip(COMPONENT_AXES, combination, strict=True)}
+            labels = {axis: label(axis, component) for axis, component in parts.items()}
+            reason = impossible(*(instance for _, instance in combination), recipe=recipe)
+            if reason:
+                excluded.append(Excluded(**labels, axes=settings, reason=reason))
+                continue
+            cells += [
+                _cell(grid.file.name, parts, labels, seed, settings, recipe, dict(versions))
+                for seed in grid.file.seeds
+            ]
+    return Plan(grid=grid.file.name, cells=tuple(cells), excluded=tuple(excluded))
+
+
+def impossible(objective: Any, estimator: Any, sampler: Any, *, recipe: Recipe) -> str | None:
+    """Why the three cannot be one cell under this recipe, in words; None if they can."""
+    if estimator.needs_transitions and not sampler.stochastic:
+        return "trajectory needs transition densities; this sampler is deterministic"
+    problem: str | None = sampler.problem(recipe.rollout.num_steps)
+    return problem
+
+
+def passes(cell: Cell) -> Passes:
+    """The forward plan of a cell, per image: which policies are asked, and how often.
+
+    The old policy is not asked when the objective does not read it, nor when the sampler has recorded its answers; the
+    reference only when the objective or the KL reads it. An objective that couples more than one micro-batch holds
+    needs its log-probs once more, without gradient.
+    """
+    objective, estimator, sampler = (build(axis, cell.components[axis]) for axis in COMPONENT_AXES)
+    recipe = cell.recipe
+    points = _num_points(cell, estimator, sampler)
+    sampling, training = (1 + (scale > 1) for scale in (recipe.rollout.guidance_scale, recipe.update.guidance_scale))
+    recorded = estimator.needs_transitions and recipe.rollout.guidance_scale == recipe.update.guidance_scale
+    extra = (
+        ("old" in objective.needs and not recorded)
+        + ("reference" in objective.needs or recipe.kl.coef > 0)
+        + (not one_pass(objective.level, points, recipe))
+    )
+    return Passes(
+        rollout=recipe.rollout.num_steps * sampling,
+        forward=points * extra * training,
+        backward=points * training,
+    )
+
+
+def one_pass(level: str, num_points: int, recipe: Recipe) -> bool:
+    """Whether a micro-batch holds all the entries that the objective's loss couples."""
+    samples = recipe.update.micro_batch_size // num_points
+    return {"term": True, "sample": samples >= 1, "group": samples >= recipe.rollout.group_size}[level]
+
+
+def _num_points(cell: Cell, estimator: Any, sampler: Any) -> int:
+    steps, asked = cell.recipe.rollout.num_steps, cell.recipe.update.num_points
+    if estimator.needs_transitions:
+        scored = getattr(sampler, "window", steps)
+        return min(asked or scored, scored)
+    points = asked or steps - 1
+    return min(points, steps) if estimator.law == "sampler_grid" else points
+
+
+def resolve(axis: str, value: Any, grid: Grid, location: Location) -> tuple[Component, Any]:
+    """A value of a component axis, `grpo` or `{name: grpo, clip_range: 1e-4}`, with all parameters, and its instance."""
+    spec = {"name": value} if isinstance(value, str) else value
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise grid.source.error(location, f"expected a name or a mapping with 'name', got {value!r}")
+    name, given = spec["name"], {key: v for key, v in spec.items() if key != "name"}
+    try:
+        kind = _kind(axis, name)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for key in given:
+            if key not in fields:
+                raise InputError(f"{name} has no parameter {key!r}{choices(key, fields)}")
+        hints = typing.get_type_hints(kind)
+        for key, v in given.items():
+            given[key] = TypeAdapter(hints[key]).validate_python(v)
+        instance = kind(**given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise grid.source.error(
+            location, f"{name}.{key}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise grid.source.error(location, str(error)) from None
+    return Component(name=name, **dataclasses.asdict(instance)), instance
+
+
+def build(axis: str, component: Component) -> Any:
+    """The instance of a resolved component."""
+    return _kind(axis, component.name)(**component.parameters)
+
+
+def short_label(axis: str, component: Component) -> str:
+    """The name and the parameters that its class always shows: `elbo-adaptive`."""
+    shown = getattr(_kind(axis, component.name), "shown", ())
+    return "-".join([component.name.replace(":", "."), *(str(component.parameters[key]) for key in shown)])
+
+
+def label(axis: str, component: Component) -> str:
+    """The short label and every other parameter off its default: unique among the values of an axis."""
+    kind = _kind(axis, component.name)
+    changed = [
+        f"{field.name}={component.parameters[field.name]}"
+        for field in dataclasses.fields(kind)
+        if field.name not in getattr(kind, "shown", ()) and component.parameters[field.name] != field.default
+    ]
+    return " ".join([short_label(axis, component), *changed])
+
+
+def _kind(axis: str, name: str) -> Any:
+    """The class of a component: from its table, or from the outside as `module:Class`."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            kind = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"{axis} {name!r} cannot be imported: {error}") from None
+        if not dataclasses.is_dataclass(kind):
+            raise InputError(f"{axis} {name!r} must be a dataclass")
+        return kind
+    table = getattr(importlib.import_module(f"ablate.{axis}s"), f"{axis}s".upper())
+    if name not in table:
+        raise InputError(f"unknown {axis} {name!r}{choices(name, table)}, or 'module:Class' of your own")
+    return table[name]
+
+
+def _cell(
+    grid: str,
+    parts: dict[str, Component],
+    labels: dict[str, str],
+    seed: int,
+    settings: dict[str, Any],
+    recipe: Recipe,
+    versions: dict[str, str],
+) -> Cell:
+    content = {
+        "format": FORMAT,
+        "components": {axis: part.model_dump(mode="json") for axis, part in parts.items()},
+        "seed": seed,
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    readable = "-".join(short_label(axis, parts[axis]) for axis in COMPONENT_AXES)
+    return Cell(
+        id=f"{readable}-s{seed}-{digest}",
+        grid=grid,
+        **labels,
+        seed=seed,
+        axes=settings,
+        components=parts,
+        recipe=recipe,
+        versions=versions,
+    )

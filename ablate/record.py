@@ -1,0 +1,124 @@
+"""What a cell leaves behind, and where. Torch-free: reports read it anywhere.
+
+results/<grid>/grid.yaml          the grid as it was run
+results/<grid>/plan.json          its cells and excluded combinations
+results/<grid>/<cell id>/cell.json       the resolved cell
+                         metrics.jsonl   append-only, one flat object per epoch
+                         attempts.jsonl  one object per start of the cell's process
+                         record.json     written last, atomically
+                         samples/        before.png and after.png, same prompts and noise
+                         checkpoint/     ignored by git; removed when the cell is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from ablate.plan import FORMAT
+from ablate.recipe import Strict
+from ablate.source import InputError
+
+
+class Status(StrEnum):
+    DONE = "done"
+    DIVERGED = "diverged"  # a result: censored in time-to-target
+    FAILED = "failed"  # with the last line of the traceback
+    INTERRUPTED = "interrupted"  # resumes from its last checkpoint
+    REWARD_UNAVAILABLE = "reward_unavailable"
+    EXCLUDED = "excluded"
+
+    @property
+    def final(self) -> bool:
+        """Whether the cell is never run again."""
+        return self in (Status.DONE, Status.DIVERGED)
+
+
+class Ledger(Strict):
+    """Seconds x devices by phase, network calls, and what killed attempts had to do again."""
+
+    rollout: float = 0.0
+    reward: float = 0.0
+    update: float = 0.0
+    eval: float = 0.0
+    checkpoint: float = 0.0
+    compile: float = 0.0
+    lost: float = 0.0
+    forwards: int = 0
+    backwards: int = 0
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of rollout, reward and update: the x-axis of every figure."""
+        return (self.rollout + self.reward + self.update) / 3600
+
+    @property
+    def nfe(self) -> int:
+        """Network calls, a backward counted as two forwards beside its own."""
+        return self.forwards + 3 * self.backwards
+
+
+class Provenance(Strict):
+    """Where and with what a cell ran."""
+
+    versions: dict[str, str]
+    commit: str | None
+    python: str
+    platform: str
+    device: str
+    num_devices: int
+    num_threads: int
+
+
+class Record(Strict):
+    """The end of a cell. `metrics` are the last evaluation's."""
+
+    format: int = FORMAT
+    id: str
+    status: Status
+    message: str = ""
+    seed: int
+    attempts: int = 1
+    epochs: int = 0
+    cost: Ledger = Ledger()
+    metrics: dict[str, float] = {}
+    provenance: Provenance | None = None
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a cell's folder; None while it has none. Raises InputError for one of another version."""
+    path = folder / "record.json"
+    if not path.exists():
+        return None
+    return Record.model_validate(read_json(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of results/. Raises InputError if it is damaged or of another format version."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    found = data.get("format")
+    if found != FORMAT:
+        raise InputError(f"{path}: results of format {found!r}, this version of ablate reads format {FORMAT}")
+    return data
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -1,0 +1,1 @@
+"""Reads records only: data frames, figures, tables. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Effects: models, processes, files, tracking."""

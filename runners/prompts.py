@@ -1,0 +1,104 @@
+"""Prompts with what an image must show, in GenEval's format, and where a run takes them from.
+
+A prompt carries its requirements as data (Ghosh et al. 2023, arXiv 2310.11513: `tag`, `include`, `exclude`), so
+that a reward can judge an image without parsing the sentence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirement:
+    """`count` objects of class `cls`; optionally of one colour, or placed relative to the group `position[1]`."""
+
+    cls: str
+    count: int
+    color: str | None = None
+    position: tuple[str, int] | None = None  # ("left of", index of the requirement it is left of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A sentence and what it asks for. Without metadata, `include` is empty and only text-based rewards apply."""
+
+    text: str
+    tag: str = "text"
+    include: tuple[Requirement, ...] = ()
+    exclude: tuple[Requirement, ...] = ()
+
+
+class PromptSource(Protocol):
+    """Training prompts without end, and two fixed lists that no training step sees."""
+
+    def train(self, num_prompts: int, generator: np.random.Generator) -> list[Prompt]: ...
+
+    def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
+        """The first `num_prompts` of the `development` or `evaluation` split: always the same ones."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedPrompts:
+    """Prompts of a file, drawn without replacement; evaluation prompts come from a file of their own."""
+
+    train_prompts: Sequence[Prompt]
+    fixed_prompts: Sequence[Prompt]
+
+    def train(self, num_prompts: int, generator: np.random.Generator) -> list[Prompt]:
+        repeated = num_prompts > len(self.train_prompts)
+        chosen = generator.choice(len(self.train_prompts), num_prompts, replace=repeated)
+        return [self.train_prompts[i] for i in chosen]
+
+    def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
+        # interleaved, so that the two splits are disjoint whatever their lengths
+        own = self.fixed_prompts[{"development": 0, "evaluation": 1}[split] :: 2]
+        return list(own[:num_prompts])
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a file: GenEval's `*.jsonl` (one object per line with `prompt`, `tag`, `include`) or plain text lines.
+
+    Raises ValueError with file and line for a line that is neither.
+    """
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            prompts.append(Prompt(text=line.strip()))
+            continue
+        try:
+            prompts.append(_from_geneval(json.loads(line)))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: expected a GenEval object with 'prompt', 'tag' and 'include', got {error!r}"
+            ) from error
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompts")
+    return prompts
+
+
+def _from_geneval(line: dict[str, Any]) -> Prompt:
+    def requirement(item: dict[str, Any]) -> Requirement:
+        relation = item.get("position")
+        return Requirement(
+            cls=item["class"],
+            count=item["count"],
+            color=item.get("color"),
+            position=(relation[0], relation[1]) if relation else None,
+        )
+
+    return Prompt(
+        text=line["prompt"],
+        tag=line.get("tag", "text"),
+        include=tuple(requirement(item) for item in line.get("include", ())),
+        exclude=tuple(requirement(item) for item in line.get("exclude", ())),
+    )

@@ -1,0 +1,31 @@
+"""What a reward is: images and their prompts in, scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runners.prompts import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOutput:
+    """`score` [b] is what is trained on; `parts` [b] each are recorded beside it; `reasons` say why an image failed."""
+
+    score: NDArray[np.float64]
+    parts: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+
+
+class Reward(Protocol):
+    """`identity` names the implementation and its version; it is part of the cell id."""
+
+    identity: str
+
+    def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> RewardOutput:
+        """Scores of images [b, h, w, 3] in 0..255 for their prompts."""
+        ...

@@ -1,0 +1,89 @@
+"""GenEval's rules over a list of detections, whichever detector found them.
+
+Source: Ghosh et al. 2023 (arXiv 2310.11513), `evaluate_images.py`; partial credit as in the training reward of
+Flow-GRPO and DiffusionNFT, with two repairs: every term is at least 0, and a violated position does not also earn
+the satisfied term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runners.prompts import Prompt
+
+POSITION_DEAD_BAND = 0.1  # of the two boxes' summed size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """One object found in an image: `box` is (left, top, right, bottom) in pixels, y downwards."""
+
+    cls: str
+    color: str
+    box: tuple[float, float, float, float]
+    confidence: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """`accurate`: every requirement met exactly. `score`: mean partial credit in [0, 1]. `reasons`: what is wrong."""
+
+    accurate: bool
+    score: float
+    reasons: tuple[str, ...] = ()
+
+
+def relations(a: Detection, b: Detection) -> set[str]:
+    """Where `a` stands relative to `b`: centre offset beyond a dead band, direction cosine above one half.
+
+    Two relations can hold at once (a diagonal offset), as in GenEval.
+    """
+    offset, shrunk = [], []
+    for low, high in ((0, 2), (1, 3)):
+        d = (a.box[low] + a.box[high] - b.box[low] - b.box[high]) / 2
+        band = POSITION_DEAD_BAND * (a.box[high] - a.box[low] + b.box[high] - b.box[low])
+        offset.append(d)
+        shrunk.append(max(abs(d) - band, 0.0) * (1 if d > 0 else -1))
+    norm = (offset[0] ** 2 + offset[1] ** 2) ** 0.5
+    if norm == 0:
+        return set()
+    dx, dy = shrunk[0] / norm, shrunk[1] / norm
+    held = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {relation for relation, holds in held.items() if holds}
+
+
+def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
+    """Whether the detections fulfil the prompt. Objects that no requirement names are ignored, as in GenEval."""
+    terms: list[float] = []
+    reasons: list[str] = []
+    matched: list[list[Detection] | None] = []
+    for requirement in prompt.include:
+        wanted, count = requirement.cls, requirement.count
+        found = [d for d in detections if d.cls == wanted]
+        terms.append(max(0.0, 1 - abs(count - len(found)) / count))
+        if len(found) != count:
+            reasons.append(f"expected {wanted}={count}, found {len(found)}")
+            terms += [0.0] * ((requirement.color is not None) + (requirement.position is not None))
+            matched.append(None)
+            continue
+        matched.append(found)
+        if requirement.color is not None:
+            num_right = sum(d.color == requirement.color for d in found)
+            terms.append(1 - (count - num_right) / count)
+            if num_right != count:
+                colors = ", ".join(d.color for d in found)
+                reasons.append(f"expected {requirement.color} {wanted}={count}, found {colors}")
+        if requirement.position is not None:
+            relation, target = requirement.position
+            others = matched[target]
+            if others is None:
+                reasons.append(f"no {prompt.include[target].cls} to be {relation}")
+                terms.append(0.0)
+            elif all(relation in relations(a, b) for a in found for b in others):
+                terms.append(1.0)
+            else:
+                reasons.append(f"expected {wanted} {relation} {prompt.include[target].cls}")
+                terms.append(0.0)
+    score = sum(terms) / len(terms) if terms else 0.0
+    return Verdict(accurate=bool(terms) and not reasons, score=score, reasons=tuple(reasons))
