@@ -8,7 +8,7 @@ import importlib
 import itertools
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +62,13 @@ class Excluded(Strict):
 class Passes:
     """Network calls per trained image: `forward` without gradient, `backward` with (a forward and a backward)."""
 
-    rollout: int
-    forward: int
-    backward: int
+    rollout: float
+    forward: float
+    backward: float
 
     @property
-    def nfe(self) -> int:
-        """Calls in all, a backward counted as two more."""
+    def nfe(self) -> float:
+        """Calls in all; one with gradient counts three, as its backward costs about two forwards."""
         return self.rollout + self.forward + 3 * self.backward
 
 
@@ -80,8 +80,26 @@ class Plan:
     cells: tuple[Cell, ...]
     excluded: tuple[Excluded, ...]
 
+    def keep(self, wanted: Callable[[Cell], bool]) -> Plan:
+        """The plan of some of its cells. Raises InputError if there are none."""
+        cells = tuple(cell for cell in self.cells if wanted(cell))
+        if not cells:
+            raise InputError(f"grid {self.grid!r}: none of its {len(self.cells)} cells is left by --only and --seeds")
+        return dataclasses.replace(self, cells=cells)
 
-def make_plan(grid: Grid, versions: Mapping[str, str]) -> Plan:
+    def to_json(self) -> str:
+        """plan.json in a grid's results: what was asked for, so that reports can show what is missing."""
+        shown = {"id", "objective", "estimator", "sampler", "seed", "axes"}
+        document = {
+            "format": FORMAT,
+            "grid": self.grid,
+            "cells": [cell.model_dump(mode="json", include=shown) for cell in self.cells],
+            "excluded": [combination.model_dump(mode="json") for combination in self.excluded],
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+
+def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lambda recipe: {}) -> Plan:
     """Cross the axes. `versions` identify what lies outside the grid file, such as reward and embedded model.
 
     Raises InputError for a component that does not exist or has impossible parameters, with file and line.
@@ -100,6 +118,7 @@ def make_plan(grid: Grid, versions: Mapping[str, str]) -> Plan:
     for values in itertools.product(*recipe_axes.values()):
         settings = dict(zip(recipe_axes, values, strict=True))
         recipe = grid.recipe_with(settings)
+        identities = dict(versions(recipe))
         for combination in itertools.product(*(components[axis] for axis in COMPONENT_AXES)):
             parts = {axis: component for axis, (component, _) in zip(COMPONENT_AXES, combination, strict=True)}
             labels = {axis: label(axis, component) for axis, component in parts.items()}
@@ -108,7 +127,7 @@ def make_plan(grid: Grid, versions: Mapping[str, str]) -> Plan:
                 excluded.append(Excluded(**labels, axes=settings, reason=reason))
                 continue
             cells += [
-                _cell(grid.file.name, parts, labels, seed, settings, recipe, dict(versions))
+                _cell(grid.file.name, parts, labels, seed, settings, recipe, identities)
                 for seed in grid.file.seeds
             ]
     return Plan(grid=grid.file.name, cells=tuple(cells), excluded=tuple(excluded))
@@ -125,31 +144,36 @@ def impossible(objective: Any, estimator: Any, sampler: Any, *, recipe: Recipe) 
 def passes(cell: Cell) -> Passes:
     """The forward plan of a cell, per image: which policies are asked, and how often.
 
-    The old policy is not asked when the objective does not read it, nor when the sampler has recorded its answers; the
-    reference only when the objective or the KL reads it. An objective that couples more than one micro-batch holds
-    needs its log-probs once more, without gradient.
+    The old policy is not asked when the objective does not read it, when the sampler has recorded its answers, or when
+    it still equals the current one; the reference only when the objective or the KL reads it. An objective that
+    couples more than a micro-batch holds needs its log-probs once more, without gradient.
     """
     objective, estimator, sampler = (build(axis, cell.components[axis]) for axis in COMPONENT_AXES)
     recipe = cell.recipe
     points = _num_points(cell, estimator, sampler)
     sampling, training = (1 + (scale > 1) for scale in (recipe.rollout.guidance_scale, recipe.update.guidance_scale))
-    recorded = estimator.needs_transitions and recipe.rollout.guidance_scale == recipe.update.guidance_scale
-    extra = (
-        ("old" in objective.needs and not recorded)
-        + ("reference" in objective.needs or recipe.kl.coef > 0)
-        + (not one_pass(objective.level, points, recipe))
-    )
+    old = float("old" in objective.needs and not recorded(estimator, recipe))
+    if recipe.old_policy.decay == "none":
+        old *= 1 - 1 / recipe.update.updates_per_epoch
+    reference = "reference" in objective.needs or recipe.kl.coef > 0
+    single = one_pass(objective.level, points, recipe.update.micro_batch_size, recipe.rollout.group_size)
     return Passes(
         rollout=recipe.rollout.num_steps * sampling,
-        forward=points * extra * training,
+        forward=points * (old + reference + (not single)) * training,
         backward=points * training,
     )
 
 
-def one_pass(level: str, num_points: int, recipe: Recipe) -> bool:
+def recorded(estimator: Any, recipe: Recipe) -> bool:
+    """Whether the rollout's own velocities are the old policy's answers at the probe."""
+    same_guidance = recipe.rollout.guidance_scale == recipe.update.guidance_scale
+    return bool(estimator.needs_transitions) and same_guidance
+
+
+def one_pass(level: str, num_points: int, micro_batch_size: int, group_size: int) -> bool:
     """Whether a micro-batch holds all the entries that the objective's loss couples."""
-    samples = recipe.update.micro_batch_size // num_points
-    return {"term": True, "sample": samples >= 1, "group": samples >= recipe.rollout.group_size}[level]
+    samples = micro_batch_size // num_points
+    return {"term": True, "sample": samples >= 1, "group": samples >= group_size}[level]
 
 
 def _num_points(cell: Cell, estimator: Any, sampler: Any) -> int:

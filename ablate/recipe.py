@@ -31,7 +31,7 @@ class ModelRecipe(Strict):
     """Rank of a LoRA on the attention projections; null trains all weights of the transformer."""
     lora_alpha: Positive = 64
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] = 256
-    """Tokens of the T5 encoder; 0 for a pipeline without one."""
+    """Tokens of the T5 encoder; 0 loads none."""
     resolution: Count = 512
     """Height and width of the images in pixels."""
 

@@ -34,6 +34,7 @@ class Source:
 
     def __init__(self, name: str, text: str) -> None:
         self.name = name
+        self.text = text
         try:
             yaml = YAML(typ="safe", pure=True)
             self.data: Any = yaml.load(StringIO(text))

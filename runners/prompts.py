@@ -14,6 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ablate.recipe import PromptsRecipe
+from ablate.source import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Requirement:
@@ -61,6 +64,19 @@ class ListedPrompts:
         # interleaved, so that the two splits are disjoint whatever their lengths
         own = self.fixed_prompts[{"development": 0, "evaluation": 1}[split] :: 2]
         return list(own[:num_prompts])
+
+
+def load_prompts(recipe: PromptsRecipe) -> PromptSource:
+    """The prompt source of a recipe. Raises ValueError for files that cannot be read or are missing."""
+    if recipe.train == "scenes":
+        from runners.tiny.scenes import ScenePrompts
+
+        return ScenePrompts()
+    if recipe.evaluation is None:
+        raise InputError(f"prompts.evaluation: name a file of prompts that are not trained on, beside {recipe.train!r}")
+    return ListedPrompts(
+        train_prompts=read_prompts(Path(recipe.train)), fixed_prompts=read_prompts(Path(recipe.evaluation))
+    )
 
 
 def read_prompts(path: Path) -> list[Prompt]:

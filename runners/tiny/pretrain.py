@@ -54,10 +54,10 @@ SHIFT = 3.0  # of the noise schedule, as in SD 3
 class Settings:
     seed: int = 0
     num_scenes: int = 60_000
-    batch_size: int = 128
+    batch_size: int = 64
     vae_steps: int = 1_000
-    draw_steps: int = 13_000
-    disobey_steps: int = 2_500
+    draw_steps: int = 9_000
+    disobey_steps: int = 2_000
     swap: float = 0.7  # share of captions exchanged in stage 3
     caption_dropout: float = 0.1  # the empty caption of classifier-free guidance
     width: int = 96
@@ -275,7 +275,7 @@ def train(
     path: Path,
 ) -> Model:
     """AdamW with warm-up and a cosine to a twentieth; returns the exponential moving average. Continues from `path`."""
-    optimizer = AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     schedule = LambdaLR(
         optimizer,
         lambda step: min(step / 200, 1) * (0.05 + 0.95 * (1 + math.cos(math.pi * min(step / num_steps, 1))) / 2),
@@ -304,8 +304,7 @@ def train(
             schedule.step()
             decay = min(settings.ema_decay, step / (step + 10))
             with torch.no_grad():
-                for a, p in zip(average.parameters(), model.parameters(), strict=True):
-                    a.lerp_(p, 1 - decay)
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
             recent = value.item() if math.isnan(recent) else 0.99 * recent + 0.01 * value.item()
             bar.update(task, advance=1, description=f"{name} loss {recent:.4f}")
             if step % 500 == 0 or step == num_steps:

@@ -1,0 +1,257 @@
+"""The command line: `ablate plan | run | cell | status | report | sync | list`.
+
+The one place that knows all packages; each command imports what it needs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ablate.source import InputError, choices
+
+if TYPE_CHECKING:
+    from ablate.grid import Grid
+    from ablate.plan import Cell, Plan
+
+app = typer.Typer(
+    help="Which part of a reinforcement-learning recipe for diffusion models matters: objective, estimator or sampler.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+GridPath = Annotated[Path, typer.Argument(help="A grid file, e.g. grids/quickstart.yaml", metavar="GRID")]
+Settings = Annotated[
+    Optional[list[str]], typer.Option("--set", help="A recipe field, e.g. --set kl.coef=1e-4", metavar="FIELD=VALUE")
+]
+Only = Annotated[
+    Optional[list[str]], typer.Option("--only", help="Keep cells with e.g. objective=grpo", metavar="AXIS=VALUE")
+]
+Seeds = Annotated[Optional[str], typer.Option("--seeds", help="Keep these seeds, e.g. 0,1", metavar="N,N")]
+Results = Annotated[Path, typer.Option("--results", help="Where results are kept", metavar="DIR")]
+RESULTS = Path("results")
+
+
+def main() -> None:
+    """Run a command; bad input is one line per problem and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def plan(
+    grid: GridPath,
+    settings: Settings = None,
+    only: Only = None,
+    seeds: Seeds = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output")] = False,
+    rate: Annotated[
+        Optional[float], typer.Option(help="Network calls per second and device, for the estimate of device-hours")
+    ] = None,
+    calibrate: Annotated[bool, typer.Option(help="Measure that rate here, on the grid's own model")] = False,
+) -> None:
+    """Show a grid's cells, the combinations that are impossible and why, and what each cell costs."""
+    from ablate.forecast import plan_json, plan_table
+
+    _, planned = _planned(grid, settings, only, seeds)
+    if calibrate:
+        from runners.calibrate import calls_per_second
+
+        rate = calls_per_second(planned.cells[0].recipe)
+    if as_json:
+        typer.echo(json.dumps(plan_json(planned, rate), indent=1))
+        return
+    from rich.console import Console
+
+    Console().print(plan_table(planned, rate))
+
+
+@app.command()
+def run(
+    grid: GridPath,
+    settings: Settings = None,
+    only: Only = None,
+    seeds: Seeds = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time; cores are shared between them")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop")] = False,
+    results: Results = RESULTS,
+    tracking_uri: Annotated[
+        Optional[str], typer.Option(help="MLflow server or database; by default <results>/mlflow.db")
+    ] = None,
+    tracking: Annotated[bool, typer.Option(help="Mirror the results to MLflow")] = True,
+) -> None:
+    """Train every cell that is not finished; the same command continues after an interruption."""
+    from rich.console import Console
+
+    from runners.sweep import freeze, in_order, run_cells, state_of
+    from runners.tracking import Mirror
+
+    loaded, planned = _planned(grid, settings, only, seeds)
+    console = Console()
+    folder = results / planned.grid
+    if dry_run:
+        for cell in in_order(planned.cells):
+            typer.echo(f"{state_of(folder, cell).status:12} {cell.id}")
+        return
+    _, whole = _planned(grid, settings, None, None)
+    freeze(folder, whole, loaded.source.text)
+    console.print(f"{len(planned.cells)} cells in {folder}, {workers} at a time; impossible: {len(planned.excluded)}")
+    mirror = Mirror(folder, tracking_uri) if tracking else None
+    if mirror:
+        mirror.start()
+    try:
+        states = run_cells(folder, planned.cells, workers=workers, console=console)
+    except KeyboardInterrupt:
+        console.print(f"Stopped. Nothing is lost; continue with: ablate run {' '.join(sys.argv[2:])}")
+        raise SystemExit(130) from None
+    finally:
+        if mirror:
+            mirror.close()
+    console.print(f"Figures and tables: ablate report {folder}")
+    if mirror and mirror.link:
+        console.print(f"Compare the runs:   {mirror.serve_command}", soft_wrap=True)
+        console.print(f"                    {mirror.link}", soft_wrap=True)
+    if any(state.status not in ("done", "diverged") for state in states):
+        raise SystemExit(1)
+
+
+@app.command()
+def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under results/")]) -> None:
+    """Train the one cell whose folder this is, to its end; used by `run`, or by hand."""
+    from ablate.record import read_record
+    from runners.sweep import lock
+
+    if not (folder / "cell.json").exists():
+        raise InputError(f"{folder}: no cell.json here; `ablate run GRID` writes it")
+    with lock(folder):
+        done = read_record(folder)
+        if done is None or not done.status.final:
+            from runners.train import train_cell
+
+            done = train_cell(folder)
+    typer.echo(f"{done.id} {done.status} {done.message}".strip())
+    raise SystemExit(0 if done.status.final else 1)
+
+
+@app.command()
+def status(
+    grid: GridPath, settings: Settings = None, only: Only = None, seeds: Seeds = None, results: Results = RESULTS
+) -> None:
+    """Show how far a grid's cells are."""
+    from rich.console import Console
+
+    from runners.sweep import live_table
+
+    _, planned = _planned(grid, settings, only, seeds)
+    Console().print(live_table(results / planned.grid, planned.cells, rows=len(planned.cells)))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A grid's results, e.g. results/tiny")],
+    out: Annotated[Optional[Path], typer.Option(help="Where to write; by default the folder report/ in it")] = None,
+) -> None:
+    """Draw figures and tables from a grid's results; needs no GPU, torch or server."""
+    from analysis.report import write_report
+
+    for path in write_report(results, out):
+        typer.echo(path)
+
+
+@app.command()
+def sync(
+    results: Annotated[Path, typer.Argument(help="A grid's results, e.g. results/tiny")],
+    tracking_uri: Annotated[Optional[str], typer.Option(help="MLflow server or database")] = None,
+) -> None:
+    """Bring MLflow up to date with a grid's results, or rebuild it."""
+    from runners.tracking import sync as synchronise
+
+    summary = synchronise(results, tracking_uri)
+    typer.echo(f"{len(summary.run_ids)} runs in experiment {summary.experiment_name!r}, {summary.num_points} new points")
+
+
+@app.command(name="list")
+def list_components() -> None:
+    """List the objectives, estimators and samplers with their formulas."""
+    import inspect
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from ablate.estimators import ESTIMATORS
+    from ablate.objectives import OBJECTIVES
+    from ablate.samplers import SAMPLERS
+
+    console = Console()
+    for axis, table in (("objectives", OBJECTIVES), ("estimators", ESTIMATORS), ("samplers", SAMPLERS)):
+        console.print(Text(axis, style="bold"))
+        for name, kind in table.items():
+            first = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+            console.print(Text.assemble(("  " + name.ljust(12), "cyan"), first))
+
+
+def _planned(
+    path: Path, settings: list[str] | None, only: list[str] | None, seeds: str | None
+) -> tuple[Grid, Plan]:
+    """Load a grid, plan it, and keep the cells that the options ask for."""
+    from ablate.grid import load_grid
+    from ablate.plan import make_plan
+    from runners.identity import identify
+
+    loaded = load_grid(path, dict(_setting(text) for text in settings or ()))
+    return loaded, make_plan(loaded, identify).keep(_selection(loaded, only, seeds))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    from ruamel.yaml import YAML
+
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise InputError(f"--set {text}: expected FIELD=VALUE")
+    return key, YAML(typ="safe", pure=True).load(value)
+
+
+def _selection(grid: Grid, only: list[str] | None, seeds: str | None) -> Callable[[Cell], bool]:
+    from ablate.grid import COMPONENT_AXES
+
+    wanted: dict[str, set[str]] = {}
+    for text in only or ():
+        axis, separator, value = text.partition("=")
+        if not separator:
+            raise InputError(f"--only {text}: expected AXIS=VALUE")
+        if axis not in (*COMPONENT_AXES, "id", *grid.file.axes):
+            raise InputError(f"--only {text}: unknown axis {axis!r}{choices(axis, (*grid.file.axes, 'id'))}")
+        wanted.setdefault(axis, set()).add(value)
+    kept_seeds = set(grid.file.seeds)
+    if seeds is not None:
+        try:
+            kept_seeds = {int(n) for n in seeds.split(",")}
+        except ValueError:
+            raise InputError(f"--seeds {seeds}: expected whole numbers separated by commas") from None
+        if missing := kept_seeds - set(grid.file.seeds):
+            raise InputError(f"--seeds {seeds}: {sorted(missing)} not in the grid's seeds {grid.file.seeds}")
+
+    def kept(cell: Cell) -> bool:
+        def values(axis: str) -> set[str]:
+            if axis == "id":
+                return {cell.id}
+            if axis in COMPONENT_AXES:
+                return {getattr(cell, axis), cell.components[axis].name}
+            return {str(cell.axes[axis])}
+
+        return cell.seed in kept_seeds and all(values(axis) & chosen for axis, chosen in wanted.items())
+
+    return kept
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""A results folder as data frames: one row per cell, one per (cell, epoch, metric), one per excluded combination."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ablate.plan import Cell, Excluded
+from ablate.record import Ledger, Record, Status, read_json, read_metrics, read_record
+from ablate.source import InputError, choices
+
+KEYS = ["objective", "estimator", "sampler", "axes"]  # together they are a configuration; a seed makes it a cell
+FINISHED = (Status.DONE.value, Status.DIVERGED.value)  # statuses whose last evaluation is the cell's result
+RUNNING, NOT_STARTED = "running", "not started"  # what a cell without a record can be
+STATUSES = (
+    *(status.value for status in Status if status is not Status.EXCLUDED),
+    RUNNING,
+    NOT_STARTED,
+)
+PHASES = tuple(Ledger.model_fields)
+_CELLS = ["id", *KEYS, "configuration", "seed", "status", "message", "attempts", "device", "num_prompts"]
+_METRICS = ["id", "epoch", "device_hours", "nfe", "metric", "value"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a grid has left behind so far."""
+
+    grid: str
+    folder: Path
+    cells: pd.DataFrame  # columns _CELLS, and seconds x devices or counts by cost/<phase>; NaN while without a record
+    metrics: pd.DataFrame  # columns _METRICS
+    excluded: pd.DataFrame  # columns KEYS, reason
+    strays: tuple[str, ...]  # folders of cells that the plan does not hold
+
+
+class _Planned(BaseModel):
+    """What a report needs of a cell in plan.json."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    id: str
+    objective: str
+    estimator: str
+    sampler: str
+    seed: int
+    axes: dict[str, Any] = {}
+
+
+class _PlanFile(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    grid: str
+    cells: tuple[_Planned, ...]
+    excluded: tuple[Excluded, ...] = ()
+
+
+def load(folder: Path) -> Results:
+    """Read results/<grid>/. Raises InputError for a folder that is not results, and for files of another format."""
+    path = folder / "plan.json"
+    if not path.exists():
+        raise InputError(f"{folder}: not a results folder, it has no plan.json{_nearby(folder)}")
+    data = read_json(path)
+    try:
+        plan = _PlanFile.model_validate(data)
+    except ValidationError as error:
+        raise _damaged(path, error) from None
+    planned = {cell.id for cell in plan.cells}
+    return Results(
+        grid=plan.grid,
+        folder=folder,
+        cells=pd.DataFrame(
+            [_cell(cell, folder / cell.id) for cell in plan.cells],
+            columns=[*_CELLS, *(f"cost/{phase}" for phase in PHASES)],
+        ),
+        metrics=pd.DataFrame(
+            [row for cell in plan.cells for row in _metrics(cell.id, folder / cell.id)], columns=_METRICS
+        ).astype({"epoch": int, "device_hours": float, "nfe": float, "value": float}),
+        excluded=pd.DataFrame([_excluded(e) for e in plan.excluded], columns=[*KEYS, "reason"]),
+        strays=tuple(sorted(p.parent.name for p in folder.glob("*/cell.json") if p.parent.name not in planned)),
+    )
+
+
+def axes_label(axes: Mapping[str, Any]) -> str:
+    """Values of recipe axes in words: `kl.coef=0.0, rollout.num_steps=10`; empty without any."""
+    return ", ".join(f"{key}={value}" for key, value in axes.items())
+
+
+def values(results: Results, axis: str) -> list[str]:
+    """The values of an axis in the order of the plan; those that are excluded everywhere come last."""
+    return list(dict.fromkeys([*results.cells[axis], *results.excluded[axis]]))
+
+
+def _cell(planned: _Planned, folder: Path) -> dict[str, Any]:
+    try:
+        record = read_record(folder)
+        spec = Cell.model_validate(read_json(folder / "cell.json")) if (folder / "cell.json").exists() else None
+    except ValidationError as error:
+        raise _damaged(folder, error) from None
+    for found in (record, spec):
+        if found is not None and found.id != planned.id:
+            raise InputError(f"{folder}: holds the cell {found.id!r}; was the folder renamed or copied?")
+    axes = axes_label(planned.axes)
+    parts = [planned.objective, planned.estimator, planned.sampler, *([axes] if axes else [])]
+    return {
+        **dict(zip(KEYS, [*parts[:3], axes], strict=True)),
+        "id": planned.id,
+        "configuration": " · ".join(parts),
+        "seed": planned.seed,
+        "num_prompts": spec.recipe.evaluation.num_prompts if spec else None,
+        **_ending(record, started=folder.exists()),
+    }
+
+
+def _ending(record: Record | None, *, started: bool) -> dict[str, Any]:
+    if record is None:
+        return {"status": RUNNING if started else NOT_STARTED, "message": "", "attempts": None, "device": None}
+    return {
+        "status": record.status.value,
+        "message": record.message,
+        "attempts": record.attempts,
+        "device": record.provenance.device if record.provenance else None,
+        **{f"cost/{phase}": value for phase, value in record.cost.model_dump().items()},
+    }
+
+
+def _metrics(cell: str, folder: Path) -> list[dict[str, Any]]:
+    """Rows of a cell. A resumed cell writes epochs again: an epoch replaces all that was written from it on."""
+    path = folder / "metrics.jsonl"
+    try:
+        lines = read_metrics(folder)
+        kept: list[dict[str, Any]] = []
+        for line in lines:
+            while kept and kept[-1]["epoch"] >= line["epoch"]:
+                kept.pop()
+            kept.append(line)
+        return [
+            {"id": cell, **{key: line[key] for key in _METRICS[1:4]}, "metric": name, "value": float(value)}
+            for line in kept
+            for name, value in line.items()
+            if "/" in name and isinstance(value, int | float)
+        ]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: a line is not JSON: {error}") from None
+    except KeyError as error:
+        raise InputError(f"{path}: a line has no {error}") from None
+
+
+def _excluded(excluded: Excluded) -> dict[str, str]:
+    return {**excluded.model_dump(include={*KEYS[:3], "reason"}), "axes": axes_label(excluded.axes)}
+
+
+def _damaged(path: Path, error: ValidationError) -> InputError:
+    problem = error.errors()[0]
+    return InputError(f"{path}: cannot be read: {'.'.join(map(str, problem['loc']))}: {problem['msg']}")
+
+
+def _nearby(folder: Path) -> str:
+    """The results folders one could have meant: below, or beside."""
+    if not folder.is_dir():
+        folder = folder.parent
+    names = [str(p.parent) for p in sorted(folder.glob("*/plan.json"))]
+    return choices(str(folder), names) if names else ""

@@ -1,0 +1,61 @@
+"""Checkpoints of a cell: written whole or not at all, the last intact one counts."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ablate.record import Ledger
+from runners.policy import Policy
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a cell stands. All its randomness derives from the seed and these counters."""
+
+    epoch: int = 0
+    update: int = 0
+    metrics_bytes: int = 0  # length of metrics.jsonl at this point
+    cost: Ledger = Ledger()
+
+
+def save(folder: Path, progress: Progress, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Write a checkpoint beside the last one, then replace it."""
+    target = folder / "checkpoint"
+    target.mkdir(exist_ok=True)
+    state = {
+        "epoch": progress.epoch,
+        "update": progress.update,
+        "metrics_bytes": progress.metrics_bytes,
+        "cost": progress.cost.model_dump(),
+        "policy": policy.state(),
+        "optimizer": optimizer.state_dict(),
+    }
+    partial = target / "state.partial"
+    torch.save(state, partial)
+    partial.replace(target / "state.pt")
+
+
+def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress | None:
+    """Continue from the checkpoint of a cell; None where there is none."""
+    path = folder / "checkpoint" / "state.pt"
+    if not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location=policy.device, weights_only=True)
+    policy.load_state(state["policy"])
+    optimizer.load_state_dict(state["optimizer"])
+    return Progress(
+        epoch=state["epoch"],
+        update=state["update"],
+        metrics_bytes=state["metrics_bytes"],
+        cost=Ledger(**state["cost"]),
+    )
+
+
+def discard(folder: Path) -> None:
+    """Remove a finished cell's checkpoint."""
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)

@@ -1,0 +1,201 @@
+"""The policy: a `StableDiffusion3Pipeline` whose transformer is trained, with its old, reference and average weights.
+
+All of SD 3.5 and the embedded model go through this file. Other weights are copies of the trained tensors alone (the
+LoRA's, or all of the transformer's), exchanged in place, so that one network serves every policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.utils import logging
+from numpy.typing import NDArray
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from ablate.recipe import ModelRecipe
+from ablate.source import InputError
+from runners.identity import model_path
+
+Weights = Literal["current", "old", "reference", "average"]
+
+# Every attention projection of a joint block but those of the second attention; DiffusionNFT and the paper's release.
+LORA_TARGETS = [
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """Prompt embeddings, and those of the empty prompt for guidance."""
+
+    tokens: Tensor  # [b, t, d]
+    pooled: Tensor  # [b, e]
+
+    def rows(self, index: Tensor | slice) -> Conditioning:
+        """The embeddings of some samples."""
+        return Conditioning(tokens=self.tokens[index], pooled=self.pooled[index])
+
+
+class Policy(Protocol):
+    """What the training loop needs of a model."""
+
+    device: torch.device
+    trainable: list[nn.Parameter]
+    latent_shape: tuple[int, ...]
+    shift: float  # of the noise levels
+
+    def encode(self, texts: Sequence[str]) -> Conditioning: ...
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]: ...
+
+    def using(self, weights: Weights) -> Any: ...
+
+    def blend(self, weights: Weights, decay: float) -> None: ...
+
+    def state(self) -> dict[str, list[Tensor]]: ...
+
+    def load_state(self, state: dict[str, list[Tensor]]) -> None: ...
+
+
+class SD3Policy:
+    """Stable Diffusion 3 and 3.5, LoRA or all weights of the transformer."""
+
+    def __init__(self, recipe: ModelRecipe, device: torch.device) -> None:
+        self.device = device
+        self.recipe = recipe
+        self.pipe = _load(recipe).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3):
+            if part is not None:
+                part.requires_grad_(False).eval()
+        network = self.network = self.pipe.transformer
+        network.requires_grad_(recipe.lora_rank is None)
+        if recipe.lora_rank is not None:
+            config = LoraConfig(
+                r=recipe.lora_rank,
+                lora_alpha=recipe.lora_alpha,
+                init_lora_weights="gaussian",
+                target_modules=LORA_TARGETS,
+            )
+            network.add_adapter(config)
+        self.trainable = [p for p in network.parameters() if p.requires_grad]
+        for p in self.trainable:
+            p.data = p.data.float()
+        side = recipe.resolution // self.pipe.vae_scale_factor
+        self.latent_shape = (network.config.in_channels, side, side)
+        self.shift = float(self.pipe.scheduler.config.shift)
+        self._copies: dict[str, list[Tensor]] = {
+            name: [p.detach().clone() for p in self.trainable] for name in ("old", "reference", "average")
+        }
+        self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Embeddings of the texts, each computed once."""
+        for text in dict.fromkeys(texts):
+            if text not in self._embeddings:
+                tokens, _, pooled, _ = self.pipe.encode_prompt(
+                    text,
+                    None,
+                    None,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self.recipe.max_sequence_length,
+                    device=self.device,
+                )
+                self._embeddings[text] = (tokens[0], pooled[0])
+        tokens, pooled = zip(*(self._embeddings[text] for text in texts), strict=True)
+        return Conditioning(tokens=torch.stack(tokens), pooled=torch.stack(pooled))
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0) -> Tensor:
+        """The network's velocity at x [n, c, h, w], sigma [n]; float32. With guidance, u + s (v - u)."""
+        if guidance_scale == 1:
+            return self._call(x, sigma, conditioning)
+        empty = self.encode([""])
+        both = Conditioning(
+            tokens=torch.cat([empty.tokens.expand(len(x), -1, -1), conditioning.tokens]),
+            pooled=torch.cat([empty.pooled.expand(len(x), -1), conditioning.pooled]),
+        )
+        without, with_prompt = self._call(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return without + guidance_scale * (with_prompt - without)
+
+    def _call(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        dtype = getattr(torch, self.recipe.dtype)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            output: Tensor = self.network(
+                hidden_states=x.to(dtype),
+                timestep=1000 * sigma.to(x.device, torch.float32),
+                encoder_hidden_states=conditioning.tokens,
+                pooled_projections=conditioning.pooled,
+                return_dict=False,
+            )[0]
+        return output.float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Images [b, h, w, 3] of latents [b, c, h, w]."""
+        vae = self.pipe.vae
+        scaled = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        images = vae.decode(scaled, return_dict=False)[0].float().clamp(-1, 1)
+        pixels: NDArray[np.uint8] = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return pixels
+
+    @contextmanager
+    def using(self, weights: Weights) -> Iterator[None]:
+        """Exchange the trained weights for others; only where no gradient of the current ones is pending."""
+        if weights == "current":
+            yield
+            return
+        current = [p.data for p in self.trainable]
+        for p, copy in zip(self.trainable, self._copies[weights], strict=True):
+            p.data = copy
+        try:
+            yield
+        finally:
+            for p, data in zip(self.trainable, current, strict=True):
+                p.data = data
+
+    @torch.no_grad()
+    def blend(self, weights: Weights, decay: float) -> None:
+        """weights <- decay weights + (1 - decay) current."""
+        current = [p.data for p in self.trainable]
+        torch._foreach_lerp_(self._copies[weights], current, 1 - decay)
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """All weights a checkpoint needs; the reference is the model's own."""
+        return {
+            "current": [p.data for p in self.trainable],
+            **{name: self._copies[name] for name in ("old", "average")},
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, list[Tensor]]) -> None:
+        """Take over what `state` returned."""
+        mine = self.state()
+        for name, tensors in state.items():
+            torch._foreach_copy_(mine[name], tensors)
+
+
+def _load(recipe: ModelRecipe) -> StableDiffusion3Pipeline:
+    without_t5 = {} if recipe.max_sequence_length else {"text_encoder_3": None, "tokenizer_3": None}
+    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        return StableDiffusion3Pipeline.from_pretrained(
+            model_path(recipe.path), revision=recipe.revision, dtype=getattr(torch, recipe.dtype), **without_t5
+        )
+    except OSError as error:
+        raise InputError(
+            f"model.path: {recipe.path!r} is neither a local pipeline nor reachable on the hub "
+            f"({str(error).splitlines()[0]}). A gated model needs its licence accepted and `hf auth login`."
+        ) from None
