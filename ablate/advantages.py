@@ -16,7 +16,7 @@ def advantages(reward: Tensor, group: Tensor, recipe: AdvantageRecipe) -> Tensor
     scale: `none` 1, `group` the group's standard deviation, `batch` that of all rewards (both population form, plus
     1e-4). A group of equal rewards has advantage 0 under every scale.
     """
-    _, index = group.unique(return_inverse=True)
+    _, index = torch.unique(group, return_inverse=True)
     count = torch.bincount(index).to(reward)
 
     def group_mean(values: Tensor) -> Tensor:

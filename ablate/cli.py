@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,12 +28,12 @@ app = typer.Typer(
 
 GridPath = Annotated[Path, typer.Argument(help="A grid file, e.g. grids/quickstart.yaml", metavar="GRID")]
 Settings = Annotated[
-    Optional[list[str]], typer.Option("--set", help="A recipe field, e.g. --set kl.coef=1e-4", metavar="FIELD=VALUE")
+    list[str] | None, typer.Option("--set", help="A recipe field, e.g. --set kl.coef=1e-4", metavar="FIELD=VALUE")
 ]
 Only = Annotated[
-    Optional[list[str]], typer.Option("--only", help="Keep cells with e.g. objective=grpo", metavar="AXIS=VALUE")
+    list[str] | None, typer.Option("--only", help="Keep cells with e.g. objective=grpo", metavar="AXIS=VALUE")
 ]
-Seeds = Annotated[Optional[str], typer.Option("--seeds", help="Keep these seeds, e.g. 0,1", metavar="N,N")]
+Seeds = Annotated[str | None, typer.Option("--seeds", help="Keep these seeds, e.g. 0,1", metavar="N,N")]
 Results = Annotated[Path, typer.Option("--results", help="Where results are kept", metavar="DIR")]
 RESULTS = Path("results")
 
@@ -55,7 +55,7 @@ def plan(
     seeds: Seeds = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output")] = False,
     rate: Annotated[
-        Optional[float], typer.Option(help="Network calls per second and device, for the estimate of device-hours")
+        float | None, typer.Option(help="Network calls per second and device, for the estimate of device-hours")
     ] = None,
     calibrate: Annotated[bool, typer.Option(help="Measure that rate here, on the grid's own model")] = False,
 ) -> None:
@@ -85,7 +85,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop")] = False,
     results: Results = RESULTS,
     tracking_uri: Annotated[
-        Optional[str], typer.Option(help="MLflow server or database; by default <results>/mlflow.db")
+        str | None, typer.Option(help="MLflow server or database; by default <results>/mlflow.db")
     ] = None,
     tracking: Annotated[bool, typer.Option(help="Mirror the results to MLflow")] = True,
 ) -> None:
@@ -93,7 +93,7 @@ def run(
     from rich.console import Console
 
     from runners.sweep import freeze, in_order, run_cells, state_of
-    from runners.tracking import Mirror
+    from runners.tracking import Mirror, compare_link, server_command
 
     loaded, planned = _planned(grid, settings, only, seeds)
     console = Console()
@@ -117,9 +117,10 @@ def run(
         if mirror:
             mirror.close()
     console.print(f"Figures and tables: ablate report {folder}")
-    if mirror and mirror.link:
-        console.print(f"Compare the runs:   {mirror.serve_command}", soft_wrap=True)
-        console.print(f"                    {mirror.link}", soft_wrap=True)
+    if mirror and mirror.summary:
+        link = compare_link(tracking_uri or "", mirror.summary.experiment_id, list(mirror.summary.runs.values()))
+        console.print(f"Compare the runs:   {server_command(folder, tracking_uri)}", soft_wrap=True)
+        console.print(f"                    {link}", soft_wrap=True, highlight=False)
     if any(state.status not in ("done", "diverged") for state in states):
         raise SystemExit(1)
 
@@ -158,7 +159,7 @@ def status(
 @app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="A grid's results, e.g. results/tiny")],
-    out: Annotated[Optional[Path], typer.Option(help="Where to write; by default the folder report/ in it")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write; by default the folder report/ in it")] = None,
 ) -> None:
     """Draw figures and tables from a grid's results; needs no GPU, torch or server."""
     from analysis.report import write_report
@@ -170,13 +171,13 @@ def report(
 @app.command()
 def sync(
     results: Annotated[Path, typer.Argument(help="A grid's results, e.g. results/tiny")],
-    tracking_uri: Annotated[Optional[str], typer.Option(help="MLflow server or database")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server or database")] = None,
 ) -> None:
     """Bring MLflow up to date with a grid's results, or rebuild it."""
     from runners.tracking import sync as synchronise
 
     summary = synchronise(results, tracking_uri)
-    typer.echo(f"{len(summary.run_ids)} runs in experiment {summary.experiment_name!r}, {summary.num_points} new points")
+    typer.echo(f"{len(summary.runs)} runs in experiment {summary.experiment!r}, {summary.num_points} new points")
 
 
 @app.command(name="list")
@@ -199,9 +200,7 @@ def list_components() -> None:
             console.print(Text.assemble(("  " + name.ljust(12), "cyan"), first))
 
 
-def _planned(
-    path: Path, settings: list[str] | None, only: list[str] | None, seeds: str | None
-) -> tuple[Grid, Plan]:
+def _planned(path: Path, settings: list[str] | None, only: list[str] | None, seeds: str | None) -> tuple[Grid, Plan]:
     """Load a grid, plan it, and keep the cells that the options ask for."""
     from ablate.grid import load_grid
     from ablate.plan import make_plan

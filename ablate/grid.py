@@ -74,7 +74,8 @@ class Grid:
         lines = []
         for problem in error.errors():
             location = tuple(problem["loc"])
-            source, prefix = self.recipe_source, ()
+            source = self.recipe_source
+            prefix: Location = ()
             single = ValidationError.from_exception_data("recipe", [problem])  # type: ignore[list-item]
             path = ".".join(map(str, location))
             if path in settings:
@@ -126,9 +127,7 @@ def load_grid(path: Path, settings: dict[str, Any] | None = None) -> Grid:
         _known_axis_setting(key)
         file = file.model_copy(update={"override": set_path(file.override, key.split("."), value)})
     recipe_source = Source.read(_recipe_path(file.recipe, path, source))
-    grid = Grid(
-        file=file, source=source, recipe_source=recipe_source, recipe=merge(recipe_source.data, file.override)
-    )
+    grid = Grid(file=file, source=source, recipe_source=recipe_source, recipe=merge(recipe_source.data, file.override))
     grid.recipe_with({})
     return grid
 

@@ -99,7 +99,7 @@ class Plan:
         return json.dumps(document, indent=1) + "\n"
 
 
-def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lambda recipe: {}) -> Plan:
+def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lambda _: {}) -> Plan:
     """Cross the axes. `versions` identify what lies outside the grid file, such as reward and embedded model.
 
     Raises InputError for a component that does not exist or has impossible parameters, with file and line.
@@ -112,31 +112,35 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
     for axis, values in components.items():
         for i, (component, _) in enumerate(values):
             if component in [c for c, _ in values[:i]]:
-                raise grid.source.error(("axes", axis, i), f"{component.name!r} with the same parameters is there twice")
+                raise grid.source.error(
+                    ("axes", axis, i), f"{component.name!r} with the same parameters is there twice"
+                )
     recipe_axes = {name: values for name, values in axes.items() if name not in COMPONENT_AXES}
     cells, excluded = [], []
-    for values in itertools.product(*recipe_axes.values()):
-        settings = dict(zip(recipe_axes, values, strict=True))
+    for chosen in itertools.product(*recipe_axes.values()):
+        settings = dict(zip(recipe_axes, chosen, strict=True))
         recipe = grid.recipe_with(settings)
         identities = dict(versions(recipe))
         for combination in itertools.product(*(components[axis] for axis in COMPONENT_AXES)):
             parts = {axis: component for axis, (component, _) in zip(COMPONENT_AXES, combination, strict=True)}
             labels = {axis: label(axis, component) for axis, component in parts.items()}
-            reason = impossible(*(instance for _, instance in combination), recipe=recipe)
+            _, estimator, sampler = (instance for _, instance in combination)
+            reason = impossible(estimator, sampler, recipe)
             if reason:
                 excluded.append(Excluded(**labels, axes=settings, reason=reason))
                 continue
             cells += [
-                _cell(grid.file.name, parts, labels, seed, settings, recipe, identities)
-                for seed in grid.file.seeds
+                _cell(grid.file.name, parts, labels, seed, settings, recipe, identities) for seed in grid.file.seeds
             ]
     return Plan(grid=grid.file.name, cells=tuple(cells), excluded=tuple(excluded))
 
 
-def impossible(objective: Any, estimator: Any, sampler: Any, *, recipe: Recipe) -> str | None:
-    """Why the three cannot be one cell under this recipe, in words; None if they can."""
+def impossible(estimator: Any, sampler: Any, recipe: Recipe) -> str | None:
+    """Why the two cannot be in one cell under this recipe, in words; None if they can."""
     if estimator.needs_transitions and not sampler.stochastic:
         return "trajectory needs transition densities; this sampler is deterministic"
+    if estimator.needs_transitions and recipe.rollout.guidance_scale != recipe.update.guidance_scale:
+        return "trajectory scores the rollout's own steps, so rollout and update need the same guidance_scale"
     problem: str | None = sampler.problem(recipe.rollout.num_steps)
     return problem
 
@@ -152,7 +156,7 @@ def passes(cell: Cell) -> Passes:
     recipe = cell.recipe
     points = _num_points(cell, estimator, sampler)
     sampling, training = (1 + (scale > 1) for scale in (recipe.rollout.guidance_scale, recipe.update.guidance_scale))
-    old = float("old" in objective.needs and not recorded(estimator, recipe))
+    old = float("old" in objective.needs and not estimator.needs_transitions)  # a trajectory records its answers
     if recipe.old_policy.decay == "none":
         old *= 1 - 1 / recipe.update.updates_per_epoch
     reference = "reference" in objective.needs or recipe.kl.coef > 0
@@ -162,12 +166,6 @@ def passes(cell: Cell) -> Passes:
         forward=points * (old + reference + (not single)) * training,
         backward=points * training,
     )
-
-
-def recorded(estimator: Any, recipe: Recipe) -> bool:
-    """Whether the rollout's own velocities are the old policy's answers at the probe."""
-    same_guidance = recipe.rollout.guidance_scale == recipe.update.guidance_scale
-    return bool(estimator.needs_transitions) and same_guidance
 
 
 def one_pass(level: str, num_points: int, micro_batch_size: int, group_size: int) -> bool:
@@ -186,7 +184,7 @@ def _num_points(cell: Cell, estimator: Any, sampler: Any) -> int:
 
 
 def resolve(axis: str, value: Any, grid: Grid, location: Location) -> tuple[Component, Any]:
-    """A value of a component axis, `grpo` or `{name: grpo, clip_range: 1e-4}`, with all parameters, and its instance."""
+    """A value of an axis, `grpo` or `{name: grpo, clip_range: 1e-4}`, with all its parameters, and its instance."""
     spec = {"name": value} if isinstance(value, str) else value
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise grid.source.error(location, f"expected a name or a mapping with 'name', got {value!r}")

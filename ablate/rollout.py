@@ -80,7 +80,7 @@ class Evaluation:
 Batched = TypeVar("Batched")
 
 
-def take(batch: Batched, rows: slice, columns: slice = slice(None)) -> Batched:
+def take(batch: Batched, rows: slice | Tensor, columns: slice = slice(None)) -> Batched:
     """The rows (samples) and columns (points or steps) of a dataclass whose tensors are [b], [b, k] or [b, k, ...]."""
 
     def part(value: Any) -> Any:
@@ -94,6 +94,7 @@ def take(batch: Batched, rows: slice, columns: slice = slice(None)) -> Batched:
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     """One rollout of all the samples; the noise levels and step coefficients must be the same in all."""
+
     def join(parts: Sequence[Transitions | None]) -> Transitions | None:
         kept = [p for p in parts if p is not None]
         if not kept:

@@ -18,10 +18,11 @@ _ENDS = {"diverged": "x", "failed": "x"}  # every other unfinished status ends i
 
 def draw_curves(ax: Axes, curves: pd.DataFrame, looks: Mapping[str, Look], unit: Unit) -> Axes:
     """A line per configuration, and a band where there is more than one seed."""
+    alpha = 0.18 if curves["configuration"].nunique() <= 6 else 0.12  # many bands lie over each other
     for name, curve in curves.groupby("configuration", sort=False):
         look, x = looks[str(name)], curve["x"] / unit.size
         if curve["n"].iloc[0] > 1:
-            ax.fill_between(x, curve["low"], curve["high"], color=look.color, alpha=0.18, linewidth=0)
+            ax.fill_between(x, curve["low"], curve["high"], color=look.color, alpha=alpha, linewidth=0)
         ax.plot(x, curve["mean"], color=look.color, linestyle=look.linestyle, label=str(name))
         ax.plot(
             x.iloc[-1:], curve["mean"].iloc[-1:], color=look.color, marker=look.marker, markersize=4.5, clip_on=False

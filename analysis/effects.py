@@ -46,6 +46,12 @@ def evaluations(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str) -> pd.D
     return joined.sort_values(["id", "epoch"], ignore_index=True)
 
 
+def base(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str) -> float:
+    """Mean evaluation at epoch 0, of finished and unfinished cells alike; NaN before the first."""
+    rows = evaluations(cells, metrics, metric)
+    return float(rows.loc[rows["epoch"] == 0, "value"].mean())
+
+
 def finals(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The result of every finished cell: last evaluation, epoch 0, and their difference (same prompts and noise).
 
@@ -54,8 +60,8 @@ def finals(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str) -> pd.DataFr
     rows = evaluations(cells, metrics, metric)
     rows = rows[rows["status"].isin(FINISHED)]
     last = rows.groupby("id", sort=False).tail(1).rename(columns={"value": "final"})
-    base = rows.loc[rows["epoch"] == 0].set_index("id")["value"]
-    last = last.assign(base=base.reindex(last["id"]).to_numpy(float))
+    first = rows.loc[rows["epoch"] == 0].set_index("id")["value"]
+    last = last.assign(base=first.reindex(last["id"]).to_numpy(float))
     return last.assign(gain=last["final"] - last["base"])[
         ["id", *GROUP, "seed", "status", "device_hours", "nfe", "base", "final", "gain"]
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def heatmap(results: Results, table: pd.DataFrame, metric: str) -> Figure:
     objectives, estimators = values(results, "objective"), values(results, "estimator")
     norm = _norm(table)
     size = (1.9 + len(columns) * (0.3 + 1.05 * len(estimators)), 1.2 + len(samplers) * (0.3 + 0.66 * len(objectives)))
-    figure = Figure(figsize=(max(5.0, size[0]), max(3.2, size[1])), layout="constrained")
+    figure = Figure(figsize=(max(5.0, size[0]), max(3.0, size[1])), layout="constrained")
     axes = figure.subplots(len(samplers), len(columns), sharex=True, sharey=True, squeeze=False)
     for i, sampler in enumerate(samplers):
         for j, column in enumerate(columns):
@@ -36,8 +37,10 @@ def heatmap(results: Results, table: pd.DataFrame, metric: str) -> Figure:
             draw_heatmap(ax, _at(table, here), _at(results.excluded, here), (objectives, estimators), norm)
             ax.set_title(" · ".join(filter(None, (sampler, column))), fontweight="bold", color=INK)
     if table["n"].any():
-        bar = figure.colorbar(ScalarMappable(norm, _COLOURS), ax=axes, shrink=0.8, aspect=25, pad=0.01)
-        bar.set_label(f"{metric_label(metric)}, mean over n finished seeds")
+        bar = figure.colorbar(
+            ScalarMappable(norm, _COLOURS), ax=axes, shrink=0.8, aspect=20 + 12 * len(samplers), pad=0.01
+        )
+        bar.set_label(metric_label(metric))
         bar.outline.set_visible(False)
         base = table["base"].mean()
         if np.isfinite(base):
@@ -66,6 +69,11 @@ def draw_heatmap(ax: Axes, table: pd.DataFrame, excluded: pd.DataFrame, order: O
     for _, row in excluded.iterrows():
         at = (estimators.index(row["estimator"]), objectives.index(row["objective"]))
         ax.add_patch(Rectangle(at, 1, 1, **HATCH, gid="excluded"))
+    for at in itertools.product(range(len(estimators)), range(len(objectives))):
+        if not any(patch.get_xy() == at for patch in ax.patches if isinstance(patch, Rectangle)):
+            ax.annotate(
+                "not in\nthe grid", (at[0] + 0.5, at[1] + 0.5), fontsize=7, color=MUTED, ha="center", va="center"
+            )
     ax.set(xlim=(0, len(estimators)), ylim=(len(objectives), 0))
     ax.set_xticks(np.arange(len(estimators)) + 0.5, [name.replace("-", "-\n", 1) for name in estimators])
     ax.set_yticks(np.arange(len(objectives)) + 0.5, objectives)

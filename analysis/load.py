@@ -112,12 +112,14 @@ def _cell(planned: _Planned, folder: Path) -> dict[str, Any]:
         "configuration": " · ".join(parts),
         "seed": planned.seed,
         "num_prompts": spec.recipe.evaluation.num_prompts if spec else None,
-        **_ending(record, started=folder.exists()),
+        **_ending(record, folder),
     }
 
 
-def _ending(record: Record | None, *, started: bool) -> dict[str, Any]:
+def _ending(record: Record | None, folder: Path) -> dict[str, Any]:
+    """Status and ledger. A cell has its folder before it starts; starting again removes its record."""
     if record is None:
+        started = any((folder / name).exists() for name in ("attempts.jsonl", "metrics.jsonl"))
         return {"status": RUNNING if started else NOT_STARTED, "message": "", "attempts": None, "device": None}
     return {
         "status": record.status.value,

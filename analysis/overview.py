@@ -46,7 +46,7 @@ def overview(results: Results, table: pd.DataFrame, metric: str, unit: Unit) -> 
     draw_strands(ax, strands, looks, unit)
     ax.set(xlabel=unit.label, ylabel=metric_label(metric), xlim=(0, None))
     ax.margins(y=0.08)
-    base = table["base"].mean()
+    base = effects.base(results.cells, results.metrics, metric)
     if np.isfinite(base):
         draw_base(ax, base)
         ax.annotate(
@@ -85,7 +85,7 @@ def _subtitle(results: Results, shown: pd.DataFrame, choice: str) -> str:
     return "\n".join(part for part in (choice, f"grid {results.grid}; {seeds}") if part)
 
 
-def _label_ends(  # noqa: PLR0917
+def _label_ends(
     ax: Axes, shown: pd.DataFrame, curves: pd.DataFrame, strands: pd.DataFrame, looks: dict[str, Look], unit: Unit
 ) -> None:
     """Name, result, interval and n beside the axes, at the height of the curve's end or as near as there is room."""

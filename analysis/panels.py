@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from analysis import effects
 from analysis.curves import draw_base, draw_curves, draw_strands, legend_handles
 from analysis.load import FINISHED, Results, values
-from analysis.style import HATCH, INK, MUTED, Look, Unit, metric_label, palette, panel_looks
+from analysis.style import HATCH, INK, MUTED, PALE, Look, Unit, metric_label, palette, panel_looks
 
 
 def panels(results: Results, metric: str, unit: Unit) -> Figure:
@@ -42,7 +43,7 @@ def panels(results: Results, metric: str, unit: Unit) -> Figure:
     return figure
 
 
-def _panel(  # noqa: PLR0917
+def _panel(
     ax: Axes, results: Results, sampler: str, estimator: str, metric: str, unit: Unit, looks: dict[str, Look]
 ) -> None:
     cells, excluded = (
@@ -55,25 +56,28 @@ def _panel(  # noqa: PLR0917
     rows = effects.finals(cells, results.metrics, metric)
     draw_curves(ax, effects.curves(cells, results.metrics, metric, unit.column), looks, unit)
     draw_strands(ax, effects.strands(cells, results.metrics, metric, unit.column), looks, unit)
-    base = effects.evaluations(cells, results.metrics, metric).query("epoch == 0")["value"]
-    if len(base):
-        draw_base(ax, base.mean())
+    base = effects.base(cells, results.metrics, metric)
+    if np.isfinite(base):
+        draw_base(ax, base)
     ax.annotate(
-        seeds_text(cells, rows), (1, 0), xytext=(-3, 3), xycoords="axes fraction", textcoords="offset points",
-        ha="right", va="bottom", fontsize=7, color=MUTED,
+        seeds_text(cells, rows), (0, 1), xytext=(5, -4), xycoords="axes fraction", textcoords="offset points",
+        ha="left", va="top", fontsize=7, color=MUTED,
         bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
     )  # fmt: skip
 
 
 def _closed(ax: Axes, excluded: pd.DataFrame) -> None:
     """A panel in which no cell can exist, and why."""
-    ax.patch.set(**{key: value for key, value in HATCH.items() if key != "linewidth"})
+    if excluded.empty:
+        ax.patch.set_facecolor(PALE)
+    else:
+        ax.patch.set(**{key: value for key, value in HATCH.items() if key != "linewidth"})
     ax.grid(visible=False)
     reasons = "\n".join(dict.fromkeys(excluded["reason"])) or "not in the grid"
     text = "excluded:\n" + textwrap.fill(reasons, 26) if len(excluded) else reasons
     ax.text(
         0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", fontsize=8, color=MUTED,
-        bbox={"facecolor": "white", "linewidth": 0, "pad": 3},
+        bbox={"facecolor": "white" if len(excluded) else PALE, "linewidth": 0, "pad": 3},
     )  # fmt: skip
 
 

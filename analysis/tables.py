@@ -59,7 +59,7 @@ def text(frame: pd.DataFrame, unit: Unit) -> pd.DataFrame:
             shown[f"gain over base, {name}"] = [_interval(row, f"{name}_gain", "+") for _, row in frame.iterrows()]
     shown["n"] = [str(n) for n in frame["n"]]
     shown[f"{unit.short} per cell"] = ["" if math.isnan(h) else f"{h / unit.size:.3g}" for h in frame["device_hours"]]
-    shown["NFE per cell"] = ["" if math.isnan(nfe) else f"{nfe:.3g}" for nfe in frame["nfe"]]
+    shown["NFE per cell"] = ["" if math.isnan(nfe) else f"{nfe:,.0f}" for nfe in frame["nfe"]]
     shown["cells"] = frame["states"]
     return shown
 

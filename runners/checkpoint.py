@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class Progress:
     epoch: int = 0
     update: int = 0
     metrics_bytes: int = 0  # length of metrics.jsonl at this point
-    cost: Ledger = Ledger()
+    cost: Ledger = field(default_factory=Ledger)
 
 
 def save(folder: Path, progress: Progress, policy: Policy, optimizer: torch.optim.Optimizer) -> None:

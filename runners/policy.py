@@ -20,6 +20,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from ablate.flow import Velocity
 from ablate.recipe import ModelRecipe
 from ablate.source import InputError
 from runners.identity import model_path
@@ -57,6 +58,8 @@ class Policy(Protocol):
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor: ...
 
+    def field(self, conditioning: Conditioning, guidance_scale: float) -> Velocity: ...
+
     def decode(self, latents: Tensor) -> NDArray[np.uint8]: ...
 
     def using(self, weights: Weights) -> Any: ...
@@ -93,7 +96,7 @@ class SD3Policy:
         for p in self.trainable:
             p.data = p.data.float()
         side = recipe.resolution // self.pipe.vae_scale_factor
-        self.latent_shape = (network.config.in_channels, side, side)
+        self.latent_shape: tuple[int, ...] = (network.config.in_channels, side, side)
         self.shift = float(self.pipe.scheduler.config.shift)
         self._copies: dict[str, list[Tensor]] = {
             name: [p.detach().clone() for p in self.trainable] for name in ("old", "reference", "average")
@@ -128,6 +131,10 @@ class SD3Policy:
         )
         without, with_prompt = self._call(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         return without + guidance_scale * (with_prompt - without)
+
+    def field(self, conditioning: Conditioning, guidance_scale: float) -> Velocity:
+        """The velocity as a function of (x, sigma) alone, for samplers."""
+        return lambda x, sigma: self.velocity(x, sigma, conditioning, guidance_scale)
 
     def _call(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = getattr(torch, self.recipe.dtype)

@@ -69,7 +69,7 @@ class ListedPrompts:
 def load_prompts(recipe: PromptsRecipe) -> PromptSource:
     """The prompt source of a recipe. Raises ValueError for files that cannot be read or are missing."""
     if recipe.train == "scenes":
-        from runners.tiny.scenes import ScenePrompts
+        from runners.tiny.scenes import ScenePrompts  # noqa: PLC0415 (scenes are made of this module's prompts)
 
         return ScenePrompts()
     if recipe.evaluation is None:

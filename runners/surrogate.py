@@ -76,7 +76,9 @@ def accumulate_gradient(
         share = batch.probe.sigma[rows, columns].numel() / (num_samples * num_points)
         return _Answers(rows, columns, share, old, reference, velocity)
 
-    def evaluate(f: Tensor, old: Tensor | None, reference: Tensor | None, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    def evaluate(
+        f: Tensor, old: Tensor | None, reference: Tensor | None, rows: slice
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         if "old" in objective.needs and old is None:
             old = f.detach()
         evaluation = Evaluation(
@@ -88,7 +90,10 @@ def accumulate_gradient(
         )
         return objective(evaluation)
 
-    chunks = [answers(*chunk) for chunk in _chunks(num_samples, num_points, micro_batch_size, objective.level, batch.group_size)]
+    chunks = [
+        answers(*chunk)
+        for chunk in _chunks(num_samples, num_points, micro_batch_size, objective.level, batch.group_size)
+    ]
     single = one_pass(objective.level, num_points, micro_batch_size, batch.group_size)
     metrics: dict[str, Tensor] = {}
     weights = None
@@ -108,7 +113,7 @@ def accumulate_gradient(
     for chunk in chunks:
         velocity = ask("current", chunk.rows, chunk.columns)
         f = log_prob(velocity, chunk.rows, chunk.columns)
-        parts = {}
+        parts: dict[str, Tensor] = {}
         if weights is None:
             loss, parts = evaluate(f, chunk.old_log_prob, chunk.reference_log_prob, chunk.rows)
             parts = {"loss": loss.detach(), **parts}
@@ -126,9 +131,7 @@ def accumulate_gradient(
     return metrics
 
 
-def _chunks(
-    num_samples: int, num_points: int, size: int, level: str, group_size: int
-) -> Iterator[tuple[slice, slice]]:
+def _chunks(num_samples: int, num_points: int, size: int, level: str, group_size: int) -> Iterator[tuple[slice, slice]]:
     """Micro-batches of at most `size` entries (but at least one): whole samples and groups where they fit."""
     if size < num_points:
         for row in range(num_samples):

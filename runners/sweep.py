@@ -164,7 +164,8 @@ def _close(folder: Path, process: subprocess.Popen[bytes], console: Console) -> 
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         message = f"{ending}: {lines[-1]}" if lines and code > 0 else ending
         cell = Cell.model_validate_json((folder / "cell.json").read_text())
-        record = Record(id=folder.name, status=Status.FAILED, message=message, seed=cell.seed)
+        attempts = len((folder / "attempts.jsonl").read_text().splitlines()) if code < 0 else 1
+        record = Record(id=folder.name, status=Status.FAILED, message=message, seed=cell.seed, attempts=attempts)
         write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
     record = read_record(folder) or record
     if record.status in (Status.FAILED, Status.DIVERGED, Status.REWARD_UNAVAILABLE):

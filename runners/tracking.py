@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from ablate.plan import Cell
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 METRICS_PER_BATCH, PARAMS_PER_BATCH, VALUE_LENGTH = 1000, 100, 500  # what every MLflow server accepts
 RUN_STATUS = {Status.DONE: "FINISHED", Status.DIVERGED: "FINISHED", Status.INTERRUPTED: "KILLED"}  # others: FAILED
 FILES = ("cell.json", "metrics.jsonl", "attempts.jsonl", "record.json")
-UI_KIND = "custom_model_development"  # opens on runs and charts, not on traces
 REPORT = "report"  # folder of figures, and the name of their run
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -62,20 +62,20 @@ def server_command(results: Path, uri: str | None = None) -> str:
 
 def compare_link(uri_or_host: str, experiment_id: str, run_ids: list[str]) -> str:
     """The page that compares runs, on the tracking server, or for a database on the server of `server_command`."""
-    host = uri_or_host.rstrip("/") if _is_server(uri_or_host) else "http://127.0.0.1:5000"
+    host = _without_password(uri_or_host).rstrip("/") if _is_server(uri_or_host) else "http://127.0.0.1:5000"
     runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (run_ids, [experiment_id]))
     return f"{host}/#/compare-runs?runs={runs}&experiments={experiments}"
 
 
 def sync(results: Path, uri: str | None = None) -> SyncSummary:
-    """Bring MLflow up to date with results/<grid>. Raises InputError if it is none, or MLflow cannot be used."""
+    """Bring MLflow up to date with results/<grid>. Raises InputError if it is none or MLflow cannot be used."""
     uri = uri or default_uri(results)
     try:
         return _Writer(results, uri).write()
     except InputError:
         raise
-    except Exception as error:  # of MLflow, its database or its server
-        raise InputError(f"MLflow at {_without_password(uri)} cannot be used: {_problem(error)}") from error
+    except Exception as error:  # of MLflow, its database or its server, or a damaged file
+        raise InputError(f"{results}: cannot be mirrored to {_without_password(uri)}: {_problem(error)}") from error
 
 
 class Mirror:
@@ -145,6 +145,10 @@ class _Run:
         self.stamps = [(p, p.stat().st_mtime_ns, p.stat().st_size) for p in files if p.exists()]
         return self.stamps != before
 
+    @property
+    def last_change(self) -> int:
+        return max(mtime for _, mtime, _ in self.stamps) // 1_000_000
+
     def comes_from(self, lines: list[bytes]) -> bool:
         """Whether all points that may be in the run are of these lines."""
         claimed = self.tags.get("ablate.claimed", _claim([]))
@@ -169,11 +173,7 @@ class _Writer:
         known = self.client.get_experiment_by_name(self.experiment)
         if known and known.lifecycle_stage == "deleted":
             self.client.restore_experiment(known.experiment_id)
-        self.experiment_id = (
-            known.experiment_id
-            if known
-            else self.client.create_experiment(self.experiment, artifacts, {"mlflow.experimentKind": UI_KIND})
-        )
+        self.experiment_id = known.experiment_id if known else self.client.create_experiment(self.experiment, artifacts)
         self.runs = self._find()
 
     def write(self) -> SyncSummary:
@@ -206,14 +206,16 @@ class _Writer:
     def _write_cell(self, id: str) -> int:
         folder = self.results / id
         cell, metrics, attempts, record = (folder / name for name in FILES)
+        files = [cell, metrics, attempts, record, *_files(folder / "samples")]
         starts = [json.loads(line)["started"] for line in _lines(attempts)] or [cell.stat().st_mtime]
         run = self.runs.get(id) or self._create(id, starts[0], kind="cell", cell=id)
-        if not run.changed([metrics, attempts, record, *_files(folder / "samples")]):
+        if not run.changed(files):
             return 0
         lines = _lines(metrics)
         if not run.comes_from(lines):
             self.client.delete_run(run.id)
             run = self._create(id, starts[0], kind="cell", cell=id)
+            run.changed(files)
         self._write_params(run, Cell.model_validate(read_json(cell)))
         num_points = self._write_lines(run, lines)
         self._write_artifacts(run, folder / "samples")
@@ -222,19 +224,19 @@ class _Writer:
         return num_points
 
     def _write_params(self, run: _Run, cell: Cell) -> None:
-        from mlflow.entities import Param  # noqa: PLC0415
+        from mlflow.entities import Param
 
         params = [Param(k, v[:VALUE_LENGTH]) for k, v in cell_params(cell).items() if k not in run.params]
-        for i in range(0, len(params), PARAMS_PER_BATCH):
-            self.client.log_batch(run.id, params=params[i : i + PARAMS_PER_BATCH])
+        for batch in _batches(params, PARAMS_PER_BATCH):
+            self.client.log_batch(run.id, params=batch)
         run.params.update(param.key for param in params)
 
     def _write_lines(self, run: _Run, lines: list[bytes]) -> int:
         new = lines[int(run.tags.get("ablate.synced_lines", 0)) :]
         points = [point for line in new for point in _points(json.loads(line), run.start)]
         self._tag(run, {"ablate.claimed": _claim(lines)})
-        for i in range(0, len(points), METRICS_PER_BATCH):
-            self.client.log_batch(run.id, metrics=points[i : i + METRICS_PER_BATCH])
+        for batch in _batches(points, METRICS_PER_BATCH):
+            self.client.log_batch(run.id, metrics=batch)
         self._tag(run, {"ablate.synced_lines": str(len(lines))})
         return len(points)
 
@@ -246,10 +248,11 @@ class _Writer:
             tags |= {"ablate.message": record.message[:VALUE_LENGTH]}
             status = RUN_STATUS.get(record.status, "FAILED")
         self._tag(run, tags)
-        if status != run.status:
-            ended = max(mtime for _, mtime, _ in run.stamps) // 1_000_000
-            self.client.set_terminated(run.id, status, ended) if record else self.client.update_run(run.id, status)
-            run.status = status
+        if status != run.status and record:
+            self.client.set_terminated(run.id, status, run.last_change)
+        elif status != run.status:
+            self.client.update_run(run.id, status)
+        run.status = status
 
     def _write_report(self) -> None:
         files = _files(self.results / REPORT)
@@ -258,7 +261,7 @@ class _Writer:
             run = self.runs.get(REPORT) or self._create(REPORT, start, kind=REPORT)
             if run.changed(files):
                 self._write_artifacts(run, self.results / REPORT)
-                self.client.set_terminated(run.id)
+                self.client.set_terminated(run.id, end_time=run.last_change)
 
     def _write_artifacts(self, run: _Run, folder: Path) -> None:
         """A folder, if the run does not hold it as it is."""
@@ -268,7 +271,7 @@ class _Writer:
             self._tag(run, {f"ablate.{folder.name}": contents.hexdigest()})
 
     def _tag(self, run: _Run, tags: dict[str, str]) -> None:
-        from mlflow.entities import RunTag  # noqa: PLC0415
+        from mlflow.entities import RunTag
 
         changed = {key: value for key, value in tags.items() if run.tags.get(key, "") != value}
         if changed:
@@ -296,12 +299,16 @@ def _points(line: dict[str, Any], start: int) -> Iterator[Metric]:
 
     Accuracy goes first, as the compare page opens on the first metric a run got.
     """
-    from mlflow.entities import Metric  # noqa: PLC0415
+    from mlflow.entities import Metric
 
     time = start + round(line.get("device_hours", 0.0) * 3_600_000)
     for name, value in sorted(line.items(), key=lambda item: item[0] != "eval/accuracy"):
         if name != "epoch" and isinstance(value, int | float):
             yield Metric(name, float(value), time, line["epoch"])
+
+
+def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def _claim(lines: list[bytes]) -> str:
@@ -314,11 +321,15 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _client(uri: str) -> MlflowClient:
-    """Imported here, as it takes seconds, and without telemetry, news of its migrations or minutes of retries."""
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
-    for name, value in {**quiet, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient  # noqa: PLC0415
+    """Imports MLflow, which takes seconds, without its telemetry, its news and minutes of retries."""
+    settings = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    }
+    os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
+    from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
 

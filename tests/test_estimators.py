@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from gaussian_flow import GaussianFlow
@@ -58,8 +59,6 @@ def test_path_kl_elbo_is_the_log_density(x0: float) -> None:
 
 
 def gauss_hermite(n):
-    import numpy as np
-
     nodes, weights = np.polynomial.hermite_e.hermegauss(n)
     return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -112,8 +114,6 @@ def test_gradient_matches_finite_differences(name: str) -> None:
 
 
 def replace_log_prob(e: Evaluation, log_prob: Tensor) -> Evaluation:
-    import dataclasses
-
     return dataclasses.replace(e, log_prob=log_prob)
 
 

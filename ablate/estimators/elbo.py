@@ -32,7 +32,7 @@ class ElboProbe:
 
 @dataclass(frozen=True, kw_only=True)
 class ELBO:
-    """-w |D|^2 / dims at k noise levels per sample; arXiv 2602.04663, eqs. 13 and 14 and the adaptive weight after them.
+    """-w |D|^2 / dims at k noise levels per sample; arXiv 2602.04663, eqs. 13 and 14, and the adaptive weight.
 
     weight `simple`: w = 1. `path_kl`: w = (1 - sigma) / sigma. `adaptive`: w = sigma / mean|D|, its denominator
     without gradient, of each policy's own residual (so a difference of two adaptive values is not a likelihood ratio).

@@ -47,10 +47,10 @@ class Trajectory:
             x=steps.x[rows, index],
             next_x=steps.next_x[rows, index],
             rollout_velocity=steps.velocity[rows, index],
-            sigma=steps.sigma[index],
-            x_coef=steps.x_coef[index],
-            velocity_coef=steps.velocity_coef[index],
-            std=steps.std[index],
+            sigma=steps.sigma[index].to(steps.x.device),
+            x_coef=steps.x_coef[index].to(steps.x.device),
+            velocity_coef=steps.velocity_coef[index].to(steps.x.device),
+            std=steps.std[index].to(steps.x.device),
         )
 
     def log_prob(self, velocity: Tensor, probe: TrajectoryProbe) -> Tensor:

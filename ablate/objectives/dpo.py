@@ -29,7 +29,7 @@ class DPO:
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         gain = evaluation.log_prob - evaluation.reference()  # [b, k]
         losses, margins = [], []
-        for group in evaluation.group.unique():
+        for group in torch.unique(evaluation.group):
             rows = (evaluation.group == group).nonzero()[:, 0]
             advantage = evaluation.advantage[rows]
             best, worst = rows[advantage.argmax()], rows[advantage.argmin()]

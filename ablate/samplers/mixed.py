@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,6 @@ class Mixed:
             flow_sde_step(a, b, self.noise_level, guard=levels[1])
             if start <= i < start + self.window
             else euler_step(a, b)
-            for i, (a, b) in enumerate(zip(levels, levels[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(levels))
         ]
         return run_steps(steps, velocity, noise, sigmas, streams)

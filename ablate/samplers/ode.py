@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,7 @@ class ODE:
     def sample(self, velocity: Velocity, noise: Tensor, *, sigmas: Tensor, epoch: int, streams: Streams) -> Rollout:
         levels = sigmas.tolist()
         if self.solver == "euler":
-            steps = [euler_step(a, b) for a, b in zip(levels, levels[1:], strict=False)]
+            steps = [euler_step(a, b) for a, b in itertools.pairwise(levels)]
             return run_steps(steps, velocity, noise, sigmas, streams)
         return Rollout(x0=_dpm2(velocity, noise, levels), sigmas=sigmas)
 
@@ -43,7 +44,7 @@ def _dpm2(velocity: Velocity, x: Tensor, levels: list[float]) -> Tensor:
     so is the second, because lambda is -inf at sigma = 1 and the step before it infinitely long (w = 0).
     """
     previous = None
-    for i, (a, b) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(levels)):
         x0 = predict_x0(x, velocity(x, torch.full((len(x),), a, device=x.device)), torch.tensor(a))
         target = x0
         if previous is not None and b > 0:

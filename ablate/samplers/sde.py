@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,7 +32,5 @@ class FlowSDE:
 
     def sample(self, velocity: Velocity, noise: Tensor, *, sigmas: Tensor, epoch: int, streams: Streams) -> Rollout:
         levels = sigmas.tolist()
-        steps = [
-            flow_sde_step(a, b, self.noise_level, guard=levels[1]) for a, b in zip(levels, levels[1:], strict=False)
-        ]
+        steps = [flow_sde_step(a, b, self.noise_level, guard=levels[1]) for a, b in itertools.pairwise(levels)]
         return run_steps(steps, velocity, noise, sigmas, streams)

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -56,8 +56,8 @@ class Settings:
     num_scenes: int = 60_000
     batch_size: int = 64
     vae_steps: int = 1_000
-    draw_steps: int = 9_000
-    disobey_steps: int = 2_000
+    draw_steps: int = 6_500
+    disobey_steps: int = 1_500
     swap: float = 0.7  # share of captions exchanged in stage 3
     caption_dropout: float = 0.1  # the empty caption of classifier-free guidance
     width: int = 96
@@ -68,7 +68,7 @@ class Settings:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline; work files beside it")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     for name, value in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     arguments = vars(parser.parse_args())
@@ -146,7 +146,7 @@ def train_vae(settings: Settings, images: Tensor, path: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    return torch.cat([vae.encode(x).latent_dist.mean for x in images.split(500)])
+    return torch.cat([vae.encode(x).latent_dist.mean for x in torch.split(images, 500)])
 
 
 def tokenizer(sentences: list[str]) -> CLIPTokenizer:
@@ -171,6 +171,7 @@ class TextToLatent(nn.Module):
         super().__init__()
         torch.manual_seed(settings.seed + 1)
         self.tokenizer = tokenizer
+        self.tokens: Tensor
         self.register_buffer(
             "tokens",
             tokenizer(sentences, padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt").input_ids,
@@ -228,7 +229,8 @@ def flow_matching_loss(
         pooled_projections=pooled,
         return_dict=False,
     )[0]
-    return F.mse_loss(velocity, noise - x0)
+    loss: Tensor = F.mse_loss(velocity, noise - x0)
+    return loss
 
 
 def train_draw(settings: Settings, model: TextToLatent, latents: Tensor, captions: Tensor, path: Path) -> TextToLatent:
@@ -282,7 +284,7 @@ def train(
     )
     generator = torch.Generator().manual_seed(settings.seed)
     average = copy.deepcopy(model)
-    state = {
+    state: dict[str, Any] = {
         "model": model, "average": average, "optimizer": optimizer, "schedule": schedule,
     }  # fmt: skip
     start = 0
@@ -298,7 +300,7 @@ def train(
         for step in range(start + 1, num_steps + 1):
             value = loss(generator)
             optimizer.zero_grad()
-            value.backward()
+            torch.autograd.backward(value)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()

@@ -120,7 +120,9 @@ class ScenePrompts:
 def draw_objects(prompt: Prompt, generator: np.random.Generator) -> list[SceneObject]:
     """A random scene that fulfils `prompt`: exactly the required objects, colours left open drawn at random."""
     wanted = [
-        (r.cls, r.color or list(COLORS)[generator.integers(len(COLORS))]) for r in prompt.include for _ in range(r.count)
+        (r.cls, r.color or list(COLORS)[generator.integers(len(COLORS))])
+        for r in prompt.include
+        for _ in range(r.count)
     ]
     while True:
         cells = generator.choice(_RASTER**2, len(wanted), replace=False)
@@ -167,7 +169,8 @@ def coverage(shape: str, x: float, y: float, radius: float, size: int = IMAGE_SI
         inside = np.maximum(abs(u), abs(v)) <= SQUARE_SIDE
     else:  # triangle, apex up
         inside = (abs(u) <= (v + 1) / 2) & (v <= 1)
-    return inside.reshape(size, _SUPERSAMPLE, size, _SUPERSAMPLE).mean((1, 3))
+    covered: NDArray[np.float64] = inside.reshape(size, _SUPERSAMPLE, size, _SUPERSAMPLE).mean((1, 3))
+    return covered
 
 
 def render(objects: list[SceneObject]) -> NDArray[np.uint8]:

@@ -39,7 +39,7 @@ class Writer:
             ).model_dump()
         )
 
-    def cell(  # noqa: PLR0917
+    def cell(
         self,
         combination: Combination,
         seed: int = 0,
@@ -51,15 +51,13 @@ class Writer:
         axes: dict[str, Any] | None = None,
         score: bool = True,
     ) -> Path:
-        """`curve`: held-out accuracy by epoch, `hours` apart; None for a cell that was never started."""
+        """`curve`: held-out accuracy by epoch, `hours` apart; None for a cell that has its folder but never started."""
         objective, estimator, sampler = combination
         tag = "".join(f"-{value}" for value in (axes or {}).values())
         id = f"{objective}-{estimator}-{sampler}-s{seed}{tag}"
         key = {"objective": objective, "estimator": estimator, "sampler": sampler, "seed": seed, "axes": axes or {}}
         self.cells.append({"id": id, **key, "forwards": 3})
         folder = self.folder / id
-        if curve is None:
-            return folder
         folder.mkdir()
         names = dict(zip(("objective", "estimator", "sampler"), combination, strict=True))
         spec = Cell(
@@ -71,6 +69,8 @@ class Writer:
             versions={},
         )
         (folder / "cell.json").write_text(spec.model_dump_json())
+        if curve is None:
+            return folder
         (folder / "metrics.jsonl").write_text(
             "".join(line(epoch, value, hours * epoch, score=score) for epoch, value in curve.items())
         )

@@ -100,10 +100,11 @@ def points(results: Path, cell: str, uri: str | None = None) -> list[tuple[str, 
     return sorted((key, step, at, "nan" if is_nan else str(value)) for key, step, at, value, is_nan in rows)
 
 
-def test_one_flat_run_per_cell(results: Path) -> None:
+def test_one_flat_run_per_cell(results: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (results / "report").mkdir()
     (results / "report" / "figure.png").write_bytes(b"figure")
     summary = sync(results)
+    assert capfd.readouterr() == ("", "")
     found = runs(results)
     assert set(found) == {"a-grpo", "a-dpo", "report"}
     assert summary.runs == {cell: found[cell].info.run_id for cell in ("a-grpo", "a-dpo")}
@@ -175,8 +176,11 @@ def test_rewritten_epochs_rebuild_the_run(results: Path) -> None:
     losses = [point[3] for point in points(results, "a-dpo") if point[0] == "train/loss"]
     assert losses == ["0.5", "0.125", "0.125"]
     path.write_text("")
+    end(results / "a-dpo", Status.FAILED)
     sync(results)
     assert points(results, "a-dpo") == []
+    assert runs(results)["a-dpo"].info.status == "FAILED"
+    assert sync(results).num_points == 0
 
 
 def test_lost_database_is_rebuilt(results: Path, empty_database: Path) -> None:
@@ -215,6 +219,15 @@ def test_status(results: Path, status: Status, expected: str) -> None:
             file.write('{"started": 1700000100.5, "host": "here"}\n')
         sync(results)
         assert runs(results)["a-dpo"].info.status == "RUNNING"
+
+
+def test_a_cell_that_has_only_begun(results: Path) -> None:
+    for name in ("attempts.jsonl", "metrics.jsonl", "samples/before.png"):
+        (results / "a-dpo" / name).unlink()
+    sync(results)
+    run = runs(results)["a-dpo"]
+    assert (run.info.status, run.data.tags["ablate.status"], run.data.metrics) == ("RUNNING", "running", {})
+    assert run.data.params["objective"] == "dpo"
 
 
 def test_two_runs_of_a_cell_become_one(results: Path) -> None:
@@ -269,7 +282,7 @@ def test_not_a_results_folder(tmp_path: Path) -> None:
 
 
 def test_unusable_uri_is_an_input_error(results: Path) -> None:
-    with pytest.raises(InputError, match="MLflow at nonsense://host cannot be used"):
+    with pytest.raises(InputError, match="study: cannot be mirrored to nonsense://host"):
         sync(results, "nonsense://user:secret@host")
 
 

@@ -1,0 +1,60 @@
+"""Scores under the frozen protocol: fixed prompts, fixed noise, Euler steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ablate.samplers.ode import ODE
+from ablate.seeding import streams
+from runners.prompts import Prompt
+from runners.rewards import RewardOutput
+from runners.run import Run
+
+
+@torch.no_grad()
+def evaluate(run: Run, picture: str | None) -> dict[str, float]:
+    """Score the fixed prompts at their fixed noise, by Euler steps; optionally keep the first images as a picture."""
+    recipe, policy = run.recipe.evaluation, run.policy
+    prompts = run.prompts.fixed(recipe.split, recipe.num_prompts)
+    conditioning = policy.encode([p.text for p in prompts])
+    images = []
+    with run.booked("eval"), policy.using("average" if recipe.ema_decay and run.progress.update else "current"):
+        for rows in batches(len(prompts), run.recipe.rollout.batch_size):
+            own = streams(recipe.seed, "evaluation", samples=range(rows.start, rows.stop))
+            noise = own.normal(policy.latent_shape, torch.empty((), device=policy.device))
+            field = policy.field(conditioning.rows(rows), recipe.guidance_scale)
+            rollout = ODE().sample(field, noise, sigmas=run.sigmas(recipe.num_steps), epoch=0, streams=own)
+            images.append(policy.decode(rollout.x0))
+    scores = run.reward(np.concatenate(images), prompts)
+    if picture:
+        (run.folder / "samples").mkdir(exist_ok=True)
+        contact_sheet(images[0][:24]).save(run.folder / "samples" / f"{picture}.png")
+    return means("eval", scores, prompts)
+
+
+def contact_sheet(images: NDArray[np.uint8], columns: int = 6) -> Image.Image:
+    """A grid of images [b, h, w, 3], small ones enlarged, with a thin margin."""
+    zoom = max(1, 96 // images.shape[1])
+    tiles = images.repeat(zoom, 1).repeat(zoom, 2)
+    tiles = np.pad(tiles, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=90)
+    rows = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles) - columns + 1, columns)]
+    return Image.fromarray(np.concatenate(rows or [np.concatenate(list(tiles), 1)], 0))
+
+
+def means(phase: str, scores: RewardOutput, prompts: Sequence[Prompt] = ()) -> dict[str, float]:
+    values = {"score": scores.score, **scores.parts}
+    found = {f"{phase}/{name}": float(v.mean()) for name, v in values.items()}
+    tags = np.array([p.tag for p in prompts])
+    for tag in dict.fromkeys(tags.tolist()):
+        found |= {f"{phase}/{name}/{tag}": float(v[tags == tag].mean()) for name, v in scores.parts.items()}
+    return found
+
+
+def batches(num_samples: int, batch_size: int) -> Iterator[slice]:
+    for start in range(0, num_samples, batch_size):
+        yield slice(start, min(start + batch_size, num_samples))

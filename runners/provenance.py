@@ -1,0 +1,40 @@
+"""Where and with what a cell ran."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ablate.record import Provenance
+
+
+def note_attempt(folder: Path) -> int:
+    """Note this start in attempts.jsonl; returns how many there were."""
+    path = folder / "attempts.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"started": time.time(), "host": platform.node()}) + "\n")
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def provenance() -> Provenance:
+    """Versions, commit and device of this process."""
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    cuda = torch.cuda.is_available()
+    return Provenance(
+        versions={name: version(name) for name in ("ablate", "torch", "diffusers", "transformers", "peft", "numpy")},
+        commit=commit or None,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        device=f"cuda: {torch.cuda.get_device_name()}" if cuda else f"cpu: {platform.machine()}",
+        num_devices=1,
+        num_threads=torch.get_num_threads(),
+    )

@@ -1,0 +1,129 @@
+"""A cell at work: its parts, its progress, its ledger and its log."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ablate.flow import NOISE_SCHEDULES
+from ablate.grid import COMPONENT_AXES
+from ablate.plan import Cell, build
+from ablate.recipe import Recipe
+from ablate.record import Ledger, read_metrics
+from ablate.seeding import derive_seed
+from runners import checkpoint
+from runners.checkpoint import Progress
+from runners.policy import Policy, SD3Policy
+from runners.prompts import PromptSource, load_prompts
+from runners.rewards import REWARDS, Reward
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything one cell works with."""
+
+    folder: Path
+    cell: Cell
+    policy: Policy
+    prompts: PromptSource
+    reward: Reward
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    objective: Any = field(init=False)
+    estimator: Any = field(init=False)
+    sampler: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.objective, self.estimator, self.sampler = (build(a, self.cell.components[a]) for a in COMPONENT_AXES)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.cell.recipe
+
+    @contextmanager
+    def booked(self, phase: str) -> Iterator[None]:
+        """Add the seconds of a block to a phase of the cost ledger."""
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.spend(**{phase: time.perf_counter() - start})
+
+    def spend(self, **amounts: float) -> None:
+        cost = self.progress.cost
+        self.progress.cost = cost.model_copy(update={k: getattr(cost, k) + v for k, v in amounts.items()})
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        shift = float(self.policy.shift)
+        return NOISE_SCHEDULES[self.recipe.rollout.noise_schedule](num_steps, shift)
+
+    @property
+    def spent(self) -> bool:
+        budget, progress = self.recipe.budget, self.progress
+        if budget.epochs is not None and progress.epoch >= budget.epochs:
+            return True
+        return budget.device_hours is not None and progress.cost.device_hours >= budget.device_hours
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl and remember where it ends."""
+        progress, cost = self.progress, self.progress.cost
+        line = {
+            "epoch": progress.epoch,
+            "update": progress.update,
+            "device_hours": round(cost.device_hours, 7),
+            "nfe": cost.nfe,
+            **metrics,
+            **{f"cost/{name}": round(value, 4) for name, value in cost.model_dump().items()},
+        }
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            progress.metrics_bytes = file.tell()
+
+
+def set_up(folder: Path, cell: Cell) -> Run:
+    """Load the model, prompts and reward of a cell; continue from its checkpoint where there is one."""
+    torch.manual_seed(derive_seed(cell.seed, "initialisation"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy = SD3Policy(cell.recipe.model, device)
+    update = cell.recipe.update
+    optimizer = torch.optim.AdamW(
+        policy.trainable,
+        lr=update.learning_rate,
+        betas=update.betas,
+        eps=update.epsilon,
+        weight_decay=update.weight_decay,
+    )
+    progress = checkpoint.restore(folder, policy, optimizer) or Progress()
+    _drop_lines_after(folder, progress)
+    return Run(
+        folder=folder,
+        cell=cell,
+        policy=policy,
+        prompts=load_prompts(cell.recipe.prompts),
+        reward=REWARDS[cell.recipe.reward](),
+        optimizer=optimizer,
+        progress=progress,
+    )
+
+
+def _drop_lines_after(folder: Path, progress: Progress) -> None:
+    """Cut metrics.jsonl back to the checkpoint; the seconds of the epochs to be done again are booked as lost."""
+    path = folder / "metrics.jsonl"
+    if not path.exists() or path.stat().st_size <= progress.metrics_bytes:
+        return
+    if lines := read_metrics(folder):
+        spent = Ledger(**{k.removeprefix("cost/"): v for k, v in lines[-1].items() if k.startswith("cost/")})
+        again = 3600 * (spent.device_hours - progress.cost.device_hours)
+        progress.cost = progress.cost.model_copy(update={"lost": spent.lost + again})
+    with path.open("rb+") as file:
+        file.truncate(progress.metrics_bytes)

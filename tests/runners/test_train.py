@@ -1,0 +1,192 @@
+"""The training loop on the embedded model: every legal cell, resumption, divergence."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from ablate.grid import load_grid
+from ablate.plan import COMPONENT_AXES, Cell, build, make_plan, passes
+from ablate.record import Status, read_metrics
+from runners import checkpoint, train
+from runners.policy import SD3Policy
+from runners.run import set_up
+
+GRIDS = Path(__file__).parents[2] / "grids"
+SMALL = {
+    "rollout.num_groups": 3,
+    "rollout.group_size": 4,
+    "rollout.num_steps": 5,
+    "update.micro_batch_size": 16,
+    "evaluation.num_prompts": 6,
+    "evaluation.num_steps": 2,
+    "budget.epochs": 2,
+}
+CELLS = make_plan(load_grid(GRIDS / "tiny.yaml", SMALL)).cells
+BY_NAME = {f"{c.objective}/{c.estimator}/{c.sampler}": c for c in CELLS if c.seed == 0}
+
+
+def folder_of(cell: Cell, path: Path, **recipe: object) -> Path:
+    changed = cell.model_copy(update={"recipe": cell.recipe.model_copy(update=recipe)})
+    (path / "cell.json").write_text(changed.model_dump_json())
+    return path
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_legal_cell_trains_with_finite_nonzero_gradients(name: str, tmp_path: Path) -> None:
+    cell = BY_NAME[name]
+    record = train.train_cell(folder_of(cell, tmp_path))
+    assert (record.status, record.message) == (Status.DONE, "")
+    lines = read_metrics(tmp_path)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert all(line["train/grad_norm"] > 0 for line in lines[1:])
+    assert {"eval/accuracy", "eval/score"} <= lines[0].keys() & lines[-1].keys()
+    # the forward plan is what happened, but that old is current in the very first update
+    cost, images = passes(cell), 2 * 3 * 4
+    reads_old = "old" in build("objective", cell.components["objective"]).needs
+    spared = 4 * 3 * (reads_old and cell.estimator != "trajectory")
+    assert record.cost.forwards == images * (cost.rollout + cost.forward) - spared
+    assert record.cost.backwards == images * cost.backward
+    assert (tmp_path / "samples" / "before.png").exists()
+    assert (tmp_path / "samples" / "after.png").exists()
+
+
+def test_there_are_44_legal_combinations() -> None:
+    assert len(BY_NAME) == 44
+
+
+def comparable(folder: Path) -> list[dict[str, float]]:
+    """The metrics without what depends on the clock."""
+    lines = read_metrics(folder)
+    return [{k: v for k, v in line.items() if not k.startswith("cost/") and k != "device_hours"} for line in lines]
+
+
+def test_a_killed_cell_resumes_to_the_same_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = BY_NAME["gspo/elbo-adaptive/mixed"]
+    budget = cell.recipe.budget.model_copy(update={"epochs": 5})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for path in (whole, parts):
+        path.mkdir()
+        folder_of(cell, path, budget=budget, checkpoint_every=2)
+    train.train_cell(whole)
+
+    real, calls = train.train_epoch, []
+
+    def killed(run):
+        calls.append(run.progress.epoch)
+        if len(calls) == 4:
+            raise SystemExit(9)  # after three epochs, of which two are in the checkpoint
+        return real(run)
+
+    monkeypatch.setattr(train, "train_epoch", killed)
+    with pytest.raises(SystemExit):
+        train.train_cell(parts)
+    assert not (parts / "record.json").exists()
+    record = train.train_cell(parts)
+    assert calls == [0, 1, 2, 3, 2, 3, 4]
+    assert record.status is Status.DONE
+    assert record.attempts == 2
+    assert record.cost.lost > 0
+    assert comparable(parts) == comparable(whole)
+    assert not (parts / "checkpoint").exists()
+
+
+def test_a_signal_saves_after_the_epoch_and_the_next_start_goes_on(tmp_path: Path, monkeypatch) -> None:
+    folder = folder_of(BY_NAME["grpo/elbo-simple/ode"], tmp_path)
+    real = train.train_epoch
+
+    def interrupted(run):
+        if run.progress.epoch == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run)
+
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    first = train.train_cell(folder)
+    assert (first.status, first.epochs) == (Status.INTERRUPTED, 1)
+    second = train.train_cell(folder)
+    assert (second.status, second.epochs) == (Status.DONE, 2)
+    assert second.cost.lost == 0
+
+
+def test_numbers_that_are_not_finite_are_a_divergence(tmp_path: Path) -> None:
+    cell = BY_NAME["reinforce/elbo-simple/ode"]
+    update = cell.recipe.update.model_copy(update={"learning_rate": 1e30})
+    record = train.train_cell(folder_of(cell, tmp_path, update=update))
+    assert record.status is Status.DIVERGED
+    assert "finite" in record.message
+
+
+def test_an_error_is_a_record_with_its_last_line(tmp_path: Path) -> None:
+    cell = BY_NAME["grpo/elbo-simple/ode"]
+    model = cell.recipe.model.model_copy(update={"path": "/no/such/model"})
+    record = train.train_cell(folder_of(cell, tmp_path, model=model))
+    assert record.status is Status.FAILED
+    assert "/no/such/model" in record.message
+    assert json.loads((tmp_path / "record.json").read_text())["status"] == "failed"
+
+
+def test_on_policy_the_trajectory_ratio_is_one(tmp_path: Path) -> None:
+    """Rollout and update see the same latents in the same type: the first update's log-ratio vanishes."""
+    cell = BY_NAME["grpo/trajectory/sde"]
+    train.train_cell(folder_of(cell, tmp_path))
+    run = set_up(folder_of(cell, tmp_path), cell)
+    metrics = train.train_epoch(run)
+    assert metrics["train/log_ratio_abs"] < 1e-2  # three updates; the first alone is below
+    update = cell.recipe.update.model_copy(update={"updates_per_epoch": 1})
+    run = set_up(tmp_path, cell.model_copy(update={"recipe": cell.recipe.model_copy(update={"update": update})}))
+    assert train.train_epoch(run)["train/log_ratio_abs"] < 1e-5
+
+
+def test_weights_can_be_exchanged_blended_and_restored() -> None:
+    cell = BY_NAME["grpo/elbo-simple/ode"]
+    policy = SD3Policy(cell.recipe.model, torch.device("cpu"))
+    base = policy.trainable[0].detach().clone()
+    with torch.no_grad():
+        policy.trainable[0].add_(1)
+    with policy.using("reference"):
+        torch.testing.assert_close(policy.trainable[0], base)
+    torch.testing.assert_close(policy.trainable[0].detach(), base + 1)
+    policy.blend("old", 0.25)
+    with policy.using("old"):
+        torch.testing.assert_close(policy.trainable[0].detach(), base + 0.75)
+
+
+def test_lora_trains_adapters_alone_and_starts_at_the_base(tmp_path: Path) -> None:
+    cell = BY_NAME["grpo/elbo-adaptive/ode"]
+    model = cell.recipe.model.model_copy(update={"lora_rank": 2, "lora_alpha": 4.0})
+    policies = [SD3Policy(m, torch.device("cpu")) for m in (cell.recipe.model, model)]
+    assert 0 < sum(p.numel() for p in policies[1].trainable) < 0.1 * sum(p.numel() for p in policies[0].trainable)
+    x, sigma = torch.randn(2, *policies[0].latent_shape), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        a, b = (p.velocity(x, sigma, p.encode(["a circle", "two squares"])) for p in policies)
+    torch.testing.assert_close(a, b)
+    record = train.train_cell(folder_of(cell, tmp_path, model=model))
+    assert record.status is Status.DONE
+
+
+def test_guidance_extrapolates_from_the_empty_prompt() -> None:
+    cell = BY_NAME["grpo/elbo-adaptive/ode"]
+    policy = SD3Policy(cell.recipe.model, torch.device("cpu"))
+    x, sigma = torch.randn(1, *policy.latent_shape), torch.tensor([0.5])
+    with torch.no_grad():
+        given, empty = (policy.velocity(x, sigma, policy.encode([text])) for text in ("a red circle", ""))
+        guided = policy.velocity(x, sigma, policy.encode(["a red circle"]), 3.5)
+    torch.testing.assert_close(guided, empty + 3.5 * (given - empty), atol=1e-5, rtol=1e-4)
+
+
+def test_components_round_trip_through_cell_json() -> None:
+    for cell in BY_NAME.values():
+        again = Cell.model_validate_json(cell.model_dump_json())
+        for axis in COMPONENT_AXES:
+            assert build(axis, again.components[axis]) == build(axis, cell.components[axis])
+
+
+def test_checkpoints_of_nothing_are_none(tmp_path: Path) -> None:
+    assert checkpoint.restore(tmp_path, None, None) is None
