@@ -77,6 +77,7 @@ class Plan:
     """All cells of a grid and all excluded combinations: together, per seed, the full product."""
 
     grid: str
+    order: Mapping[str, tuple[str, ...]]  # the labels of each component axis as the grid lists them
     cells: tuple[Cell, ...]
     excluded: tuple[Excluded, ...]
 
@@ -93,6 +94,7 @@ class Plan:
         document = {
             "format": FORMAT,
             "grid": self.grid,
+            "order": self.order,
             "cells": [cell.model_dump(mode="json", include=shown) for cell in self.cells],
             "excluded": [combination.model_dump(mode="json") for combination in self.excluded],
         }
@@ -132,7 +134,8 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
             cells += [
                 _cell(grid.file.name, parts, labels, seed, settings, recipe, identities) for seed in grid.file.seeds
             ]
-    return Plan(grid=grid.file.name, cells=tuple(cells), excluded=tuple(excluded))
+    order = {axis: tuple(label(axis, component) for component, _ in components[axis]) for axis in COMPONENT_AXES}
+    return Plan(grid=grid.file.name, order=order, cells=tuple(cells), excluded=tuple(excluded))
 
 
 def impossible(estimator: Any, sampler: Any, recipe: Recipe) -> str | None:

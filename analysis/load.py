@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Results:
     cells: pd.DataFrame  # columns _CELLS, and seconds x devices or counts by cost/<phase>; NaN while without a record
     metrics: pd.DataFrame  # columns _METRICS
     excluded: pd.DataFrame  # columns KEYS, reason
+    order: Mapping[str, Sequence[str]]  # the values of each component axis as the grid lists them
     strays: tuple[str, ...]  # folders of cells that the plan does not hold
 
 
@@ -55,6 +56,7 @@ class _Planned(BaseModel):
 class _PlanFile(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
     grid: str
+    order: dict[str, tuple[str, ...]] = {}
     cells: tuple[_Planned, ...]
     excluded: tuple[Excluded, ...] = ()
 
@@ -81,6 +83,7 @@ def load(folder: Path) -> Results:
             [row for cell in plan.cells for row in _metrics(cell.id, folder / cell.id)], columns=_METRICS
         ).astype({"epoch": int, "device_hours": float, "nfe": float, "value": float}),
         excluded=pd.DataFrame([_excluded(e) for e in plan.excluded], columns=[*KEYS, "reason"]),
+        order=plan.order,
         strays=tuple(sorted(p.parent.name for p in folder.glob("*/cell.json") if p.parent.name not in planned)),
     )
 
@@ -91,8 +94,10 @@ def axes_label(axes: Mapping[str, Any]) -> str:
 
 
 def values(results: Results, axis: str) -> list[str]:
-    """The values of an axis in the order of the plan; those that are excluded everywhere come last."""
-    return list(dict.fromkeys([*results.cells[axis], *results.excluded[axis]]))
+    """The values of an axis that cells or excluded combinations have, in the order of the grid."""
+    present = list(dict.fromkeys([*results.cells[axis], *results.excluded[axis]]))
+    listed = list(results.order.get(axis, ()))
+    return sorted(present, key=lambda value: listed.index(value) if value in listed else len(listed))
 
 
 def _cell(planned: _Planned, folder: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def text(frame: pd.DataFrame, unit: Unit) -> pd.DataFrame:
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    return frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")
+    return str(frame.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
 
 
 def to_markdown(shown: pd.DataFrame) -> str:

@@ -8,33 +8,45 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
+from ablate.recipe import EvaluationRecipe
 from ablate.samplers.ode import ODE
 from ablate.seeding import streams
+from runners.policy import Policy
 from runners.prompts import Prompt
 from runners.rewards import RewardOutput
 from runners.run import Run
 
 
-@torch.no_grad()
 def evaluate(run: Run, picture: str | None) -> dict[str, float]:
-    """Score the fixed prompts at their fixed noise, by Euler steps; optionally keep the first images as a picture."""
+    """Score the fixed prompts with the average weights; optionally keep the first images as a picture."""
     recipe, policy = run.recipe.evaluation, run.policy
     prompts = run.prompts.fixed(recipe.split, recipe.num_prompts)
-    conditioning = policy.encode([p.text for p in prompts])
-    images = []
-    with run.booked("eval"), policy.using("average" if recipe.ema_decay and run.progress.update else "current"):
-        for rows in batches(len(prompts), run.recipe.rollout.batch_size):
-            own = streams(recipe.seed, "evaluation", samples=range(rows.start, rows.stop))
-            noise = own.normal(policy.latent_shape, torch.empty((), device=policy.device))
-            field = policy.field(conditioning.rows(rows), recipe.guidance_scale)
-            rollout = ODE().sample(field, noise, sigmas=run.sigmas(recipe.num_steps), epoch=0, streams=own)
-            images.append(policy.decode(rollout.x0))
-    scores = run.reward(np.concatenate(images), prompts)
+    with run.booked("eval"):
+        with policy.using("average" if recipe.ema_decay and run.progress.update else "current"):
+            sigmas = run.sigmas(recipe.num_steps)
+            images = generate(policy, [p.text for p in prompts], recipe, sigmas, run.recipe.rollout.batch_size)
+        scores = run.reward(images, prompts)
     if picture:
         (run.folder / "samples").mkdir(exist_ok=True)
-        contact_sheet(images[0][:24]).save(run.folder / "samples" / f"{picture}.png")
+        contact_sheet(images[:24]).save(run.folder / "samples" / f"{picture}.png")
     return means("eval", scores, prompts)
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy, texts: Sequence[str], recipe: EvaluationRecipe, sigmas: Tensor, batch_size: int
+) -> NDArray[np.uint8]:
+    """One image [h, w, 3] per text by Euler steps; text i always starts from the same noise."""
+    conditioning = policy.encode(texts)
+    images = []
+    for rows in batches(len(texts), batch_size):
+        own = streams(recipe.seed, "evaluation", samples=range(rows.start, rows.stop))
+        noise = own.normal(policy.latent_shape, torch.empty((), device=policy.device))
+        field = policy.field(conditioning.rows(rows), recipe.guidance_scale)
+        images.append(policy.decode(ODE().sample(field, noise, sigmas=sigmas, epoch=0, streams=own).x0))
+    return np.concatenate(images)
 
 
 def contact_sheet(images: NDArray[np.uint8], columns: int = 6) -> Image.Image:

@@ -42,6 +42,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from runners.prompts import Prompt
+from runners.tiny.card import write_card
 from runners.tiny.scenes import FAMILIES, all_prompts, draw_objects, render
 
 TEXT_TOKENS = 9  # begin, at most seven words, end
@@ -102,6 +103,7 @@ def main() -> None:
         tokenizer_3=None,
     ).save_pretrained(out, safe_serialization=True)
     (out / "pretraining.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    write_card(out)
 
 
 def scenes(settings: Settings) -> tuple[list[Prompt], Tensor]:
@@ -138,7 +140,9 @@ def train_vae(settings: Settings, images: Tensor, path: Path) -> AutoencoderKL:
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         y = vae.decode(posterior.mean + posterior.std * noise).sample
-        return F.l1_loss(y, x) + 4 * F.mse_loss(y, x) + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss: Tensor = F.l1_loss(y, x) + 4 * F.mse_loss(y, x) + 3e-4 * kl
+        return loss
 
     train("vae", vae, list(vae.parameters()), loss, settings.vae_steps, 2e-3, settings, path)
     return vae.eval()
