@@ -22,7 +22,9 @@ def advantages(reward: Tensor, group: Tensor, recipe: AdvantageRecipe) -> Tensor
     def group_mean(values: Tensor) -> Tensor:
         return (torch.zeros_like(count).index_add_(0, index, values) / count)[index]
 
-    centred = reward - group_mean(reward)
+    lowest = torch.full_like(count, torch.inf).scatter_reduce_(0, index, reward, "amin")[index]
+    above = reward - lowest  # so that rounding of the mean gives equal rewards no advantage
+    centred = above - group_mean(above)
     if recipe.scale == "group":
         centred = centred / (group_mean(centred**2).sqrt() + EPSILON)
     elif recipe.scale == "batch":

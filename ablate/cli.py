@@ -6,8 +6,8 @@ The one place that knows all packages; each command imports what it needs, so th
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +40,7 @@ RESULTS = Path("results")
 
 def main() -> None:
     """Run a command; bad input is one line per problem and exit code 2."""
+    sys.path.insert(0, "")  # components of the user's own are looked for where they stand
     try:
         app()
     except InputError as error:
@@ -63,6 +64,8 @@ def plan(
     from ablate.forecast import plan_json, plan_table
 
     _, planned = _planned(grid, settings, only, seeds)
+    if rate is not None and not 0 < rate < float("inf"):
+        raise InputError(f"--rate {rate:g}: expected more than 0 network calls per second")
     if calibrate:
         from runners.calibrate import calls_per_second
 
@@ -111,7 +114,7 @@ def run(
     try:
         states = run_cells(folder, planned.cells, workers=workers, console=console)
     except KeyboardInterrupt:
-        console.print(f"Stopped. Nothing is lost; continue with: ablate run {' '.join(sys.argv[2:])}")
+        console.print(f"Stopped. Nothing is lost; continue with: ablate run {shlex.join(sys.argv[2:])}", soft_wrap=True)
         raise SystemExit(130) from None
     finally:
         if mirror:
@@ -128,11 +131,10 @@ def run(
 @app.command()
 def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under results/")]) -> None:
     """Train the one cell whose folder this is, to its end; used by `run`, or by hand."""
-    from ablate.record import read_record
+    from ablate.record import read_cell, read_record
     from runners.sweep import lock
 
-    if not (folder / "cell.json").exists():
-        raise InputError(f"{folder}: no cell.json here; `ablate run GRID` writes it")
+    read_cell(folder)
     with lock(folder):
         done = read_record(folder)
         if done is None or not done.status.final:
@@ -153,7 +155,8 @@ def status(
     from runners.sweep import live_table
 
     _, planned = _planned(grid, settings, only, seeds)
-    Console().print(live_table(results / planned.grid, planned.cells, rows=len(planned.cells)))
+    console = Console()
+    console.print(live_table(console, results / planned.grid, planned.cells, rows=len(planned.cells)))
 
 
 @app.command()
@@ -207,49 +210,58 @@ def _planned(path: Path, settings: list[str] | None, only: list[str] | None, see
     from runners.identity import identify
 
     loaded = load_grid(path, dict(_setting(text) for text in settings or ()))
-    return loaded, make_plan(loaded, identify).keep(_selection(loaded, only, seeds))
+    return loaded, _kept(make_plan(loaded, identify), loaded, only, seeds)
 
 
 def _setting(text: str) -> tuple[str, Any]:
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     key, separator, value = text.partition("=")
-    if not separator:
+    if not separator or not value:
         raise InputError(f"--set {text}: expected FIELD=VALUE")
-    return key, YAML(typ="safe", pure=True).load(value)
+    try:
+        return key, YAML(typ="safe", pure=True).load(value)
+    except YAMLError:
+        raise InputError(f"--set {text}: got {value!r}, which is not valid YAML") from None
 
 
-def _selection(grid: Grid, only: list[str] | None, seeds: str | None) -> Callable[[Cell], bool]:
+def _kept(plan: Plan, grid: Grid, only: list[str] | None, seeds: str | None) -> Plan:
+    """The cells that --only and --seeds ask for."""
     from ablate.grid import COMPONENT_AXES
+
+    def values(cell: Cell, axis: str) -> list[str]:
+        if axis == "id":
+            return [cell.id]
+        if axis in COMPONENT_AXES:  # by label or by name
+            return [getattr(cell, axis), cell.components[axis].name]
+        return [str(cell.axes[axis])]
 
     wanted: dict[str, set[str]] = {}
     for text in only or ():
         axis, separator, value = text.partition("=")
         if not separator:
             raise InputError(f"--only {text}: expected AXIS=VALUE")
-        if axis not in (*COMPONENT_AXES, "id", *grid.file.axes):
-            raise InputError(f"--only {text}: unknown axis {axis!r}{choices(axis, (*grid.file.axes, 'id'))}")
+        if axis not in (axes := (*grid.file.axes, "id")):
+            raise InputError(f"--only {text}: unknown axis {axis!r}{choices(axis, axes)}")
+        known = dict.fromkeys(v for cell in plan.cells for v in values(cell, axis))
+        if value not in known:
+            raise InputError(f"--only {text}: no cell has {axis} {value!r}{choices(value, known)}")
         wanted.setdefault(axis, set()).add(value)
     kept_seeds = set(grid.file.seeds)
     if seeds is not None:
         try:
             kept_seeds = {int(n) for n in seeds.split(",")}
         except ValueError:
-            raise InputError(f"--seeds {seeds}: expected whole numbers separated by commas") from None
-        if missing := kept_seeds - set(grid.file.seeds):
-            raise InputError(f"--seeds {seeds}: {sorted(missing)} not in the grid's seeds {grid.file.seeds}")
-
-    def kept(cell: Cell) -> bool:
-        def values(axis: str) -> set[str]:
-            if axis == "id":
-                return {cell.id}
-            if axis in COMPONENT_AXES:
-                return {getattr(cell, axis), cell.components[axis].name}
-            return {str(cell.axes[axis])}
-
-        return cell.seed in kept_seeds and all(values(axis) & chosen for axis, chosen in wanted.items())
-
-    return kept
+            raise InputError(f"--seeds {seeds!r}: expected whole numbers separated by commas, as in 0,1") from None
+        if missing := sorted(kept_seeds - set(grid.file.seeds)):
+            allowed = ", ".join(map(str, grid.file.seeds))
+            raise InputError(f"--seeds {seeds}: the grid has no seed {missing[0]}. Allowed: {allowed}")
+    return plan.keep(
+        lambda cell: (
+            cell.seed in kept_seeds and all(chosen.intersection(values(cell, axis)) for axis, chosen in wanted.items())
+        )
+    )
 
 
 if __name__ == "__main__":

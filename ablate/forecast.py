@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ablate.grid import COMPONENT_AXES
 from ablate.plan import FORMAT, Cell, Passes, Plan, passes
 
 
@@ -44,38 +47,64 @@ def plan_json(plan: Plan, rate: float | None) -> dict[str, Any]:
 
 
 def plan_table(plan: Plan, rate: float | None) -> Group:
-    """The plan for people: one row per combination, with its seeds, network calls per image and device-hours."""
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    for name in ("objective", "estimator", "sampler"):
-        table.add_column(name, overflow="fold")
-    for name in ("seeds", "rollout", "forward", "backward", "device-hours"):
-        table.add_column(name, justify="right")
-    rows: dict[str, list[Cell]] = {}
+    """The plan for people: one row per combination, with its seeds, network calls per image and device-hours.
+
+    Values of recipe axes stand above a table of their own, so that 80 columns are enough.
+    """
+    settings: dict[str, dict[str, list[Cell]]] = {}  # by recipe axes, then by components: the cells of all seeds
     for cell in plan.cells:
-        rows.setdefault(str((cell.objective, cell.estimator, cell.sampler, cell.axes)), []).append(cell)
-    total, unknown = 0.0, False
-    for cells in rows.values():
+        rows = settings.setdefault(_axes(cell.axes), {})
+        rows.setdefault(str((cell.objective, cell.estimator, cell.sampler)), []).append(cell)
+    tables = [_table(axes, list(rows.values()), rate) for axes, rows in settings.items()]
+    hours = [device_hours(cell, passes(cell), rate) for cell in plan.cells]
+    num_seeds = len({cell.seed for cell in plan.cells})
+    lines = [
+        f"{len(plan.cells)} cells: {sum(map(len, settings.values()))} combinations, "
+        f"{num_seeds} seed{'s' if num_seeds > 1 else ''}.",
+        "Network calls are per image: of the rollout, then of updates without and with gradient.",
+    ]
+    if None in hours:
+        lines.append("Hours need a rate: --rate CALLS_PER_SECOND, or --calibrate to measure it here.")
+    else:
+        total = sum(filter(None, hours))
+        lines.append(f"Hours are of one cell on one device; {total:.1f} device-hours in all, without evaluation.")
+    return Group(*tables, Text("\n".join(lines)), *_impossible(plan))
+
+
+def _axes(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _table(axes: str, rows: list[list[Cell]], rate: float | None) -> Group:
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    for name in COMPONENT_AXES:
+        # a label may break between its parameters, never inside a word
+        words = [name, *(word for cells in rows for word in getattr(cells[0], name).split())]
+        table.add_column(name, min_width=max(map(len, words)))
+    for name in ("seeds", "rollout", "no grad", "grad", "hours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cells in rows:
         cell, cost = cells[0], passes(cells[0])
         hours = device_hours(cell, cost, rate)
-        unknown |= hours is None
-        total += (hours or 0.0) * len(cells)
-        axes = "".join(f" {name}={value}" for name, value in cell.axes.items())
         table.add_row(
-            cell.objective + axes,
-            cell.estimator,
-            cell.sampler,
+            *(getattr(cell, name) for name in COMPONENT_AXES),
             str(len(cells)),
-            *(f"{n:g}" for n in (cost.rollout, cost.forward, cost.backward)),
+            *(f"{n:.4g}" for n in (cost.rollout, cost.forward, cost.backward)),
             "?" if hours is None else f"{hours:.2f}",
         )
-    lines = [
-        f"{len(plan.cells)} cells: {len(rows)} combinations, "
-        f"{len({c.seed for c in plan.cells})} seeds; {len(plan.excluded)} combinations excluded:"
-    ]
-    lines += [f"  {e.objective} x {e.estimator} x {e.sampler}: {e.reason}" for e in plan.excluded]
-    lines.append("Network calls are per image: rollout, then without and with gradient.")
-    if unknown:
-        lines.append("Device-hours need a rate: --rate CALLS_PER_SECOND, or --calibrate to measure it here.")
-    else:
-        lines.append(f"{total:.1f} device-hours in all, without evaluation.")
-    return Group(table, Text("\n".join(lines)))
+    return Group(*([Text(axes, style="bold cyan")] if axes else []), table, Text())
+
+
+def _impossible(plan: Plan) -> Iterator[Padding | Text]:
+    """Each reason with the combinations that it excludes."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for e in plan.excluded:
+        combinations = reasons.setdefault(e.reason, {})
+        combinations.setdefault(f"{e.objective} x {e.estimator} x {e.sampler}", []).append(_axes(e.axes))
+    if reasons:
+        yield Text(f"\n{len(plan.excluded)} combinations are impossible:")
+    for reason, combinations in reasons.items():
+        yield Padding(Text(f"{reason}:"), (0, 0, 0, 2))
+        for combination, axes in combinations.items():
+            under = "" if axes == [""] else f" ({'; '.join(axes)})" if len(axes) < 3 else f" ({len(axes)} settings)"
+            yield Padding(Text(combination + under), (0, 0, 0, 4))

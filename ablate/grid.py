@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from ablate.recipe import Recipe, Strict
-from ablate.source import InputError, Location, Source, choices, explain, merge, set_path
+from ablate.source import InputError, Location, Source, choices, explain, merge, problems, set_path, shown, validate
 
 COMPONENT_AXES = ("objective", "estimator", "sampler")
 
@@ -17,37 +19,13 @@ COMPONENT_AXES = ("objective", "estimator", "sampler")
 class GridFile(Strict):
     """The keys of a grid file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: str
+    """Of the folder under results/."""
     recipe: str
     """Name of a file in `recipes/` beside the grid, or a path."""
     axes: dict[str, list[Any]]
     seeds: list[Annotated[int, Field(ge=0)]]
     override: dict[str, Any] = {}
-
-    @field_validator("axes")
-    @classmethod
-    def _axes(cls, axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        for name in COMPONENT_AXES:
-            if name not in axes:
-                raise ValueError(f"axis {name!r} is missing; a grid crosses objective, estimator and sampler")
-        for name, values in axes.items():
-            if not values:
-                raise ValueError(f"axis {name!r} is empty; give at least one value")
-            for i, value in enumerate(values):
-                if value in values[:i]:
-                    raise ValueError(f"axis {name!r} has {value!r} twice")
-            _known_axis(name)
-        return axes
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds(cls, seeds: list[int]) -> list[int]:
-        if not seeds:
-            raise ValueError("is empty; give at least one seed")
-        for i, seed in enumerate(seeds):
-            if seed in seeds[:i]:
-                raise ValueError(f"seed {seed} is there twice; two cells would be the same")
-        return seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,60 +35,99 @@ class Grid:
     file: GridFile
     source: Source
     recipe_source: Source
-    recipe: dict[str, Any]  # the recipe file with `override` applied
+    recipe: dict[str, Any]  # the recipe file with `override` and then `settings` applied
+    settings: dict[str, Any] = field(default_factory=dict)  # of --set, by dotted path
 
-    def recipe_with(self, settings: dict[str, Any]) -> Recipe:
+    def recipe_with(self, values: dict[str, Any]) -> Recipe:
         """The recipe with recipe axes set, e.g. {"kl.coef": 1e-4}. Raises InputError with file and line."""
         data = self.recipe
-        for path, value in settings.items():
+        for path, value in values.items():
             data = set_path(data, path.split("."), value)
         try:
-            return Recipe.model_validate(data)
+            return validate(Recipe, data)
         except ValidationError as error:
-            raise self._locate(error, settings) from None
+            lines = [str(self.error(*problem, values)) for problem in problems(error, Recipe)]
+            raise InputError("\n".join(lines)) from None
 
-    def _locate(self, error: ValidationError, settings: dict[str, Any]) -> InputError:
-        """Each problem in the file that wrote it: an axis, the override, or the recipe."""
-        lines = []
-        for problem in error.errors():
-            location = tuple(problem["loc"])
-            source = self.recipe_source
-            prefix: Location = ()
-            single = ValidationError.from_exception_data("recipe", [problem])  # type: ignore[list-item]
-            path = ".".join(map(str, location))
-            if path in settings:
-                values = self.file.axes[path]
-                place: Location = ("axes", path, values.index(settings[path]))
-                lines.append(str(self.source.error(place, str(explain(single, Recipe, source)).split(": ", 2)[-1])))
-                continue
-            if _holds(self.file.override, location):
-                source, prefix = self.source, ("override",)
-            lines.append(str(explain(single, Recipe, source, prefix)))
-        return InputError("\n".join(lines))
+    def error(self, location: Location, message: str, values: dict[str, Any]) -> InputError:
+        """An InputError about a recipe field, where its value was written: --set, an axis, `override` or the recipe."""
+        named = re.findall(r"[\w.]+", message)  # a problem between fields names them
+        fields = [location] if location else [tuple(f.split(".")) for f in recipe_fields() if f in named]
+        for place in fields:
+            for path, value in self.settings.items():
+                if _starts(place, path):
+                    return InputError(f"--set {path}={value}: {message}")
+            for path, value in values.items():
+                if _starts(place, path):
+                    return self.source.error(("axes", path, self.file.axes[path].index(value)), message)
+        for place in fields:
+            if _holds(self.file.override, place):
+                return self.source.error(("override", *place), message)
+        return self.recipe_source.error(fields[0] if fields else (), message)
+
+
+def _starts(location: Location, path: str) -> bool:
+    steps = tuple(path.split("."))
+    return location[: len(steps)] == steps
 
 
 def _holds(data: Any, location: Location) -> bool:
+    """Whether a document wrote a place, or a value in place of the mapping that would hold it."""
     for step in location:
-        if not isinstance(data, dict) or step not in data:
+        if isinstance(data, dict) and step not in data:
             return False
+        if not isinstance(data, dict):
+            break
         data = data[step]
     return bool(location)
 
 
-def _known_axis(path: str) -> None:
-    """Refuse an axis that is neither a component nor a dotted path to a recipe field."""
-    if path in COMPONENT_AXES:
-        return
-    model: Any = Recipe
-    allowed = [*COMPONENT_AXES, *Recipe.model_fields]
-    for step in path.split("."):
-        fields = getattr(model, "model_fields", {})
-        if step not in fields:
-            raise ValueError(f"unknown axis {path!r}{choices(step, allowed)}")
-        model = fields[step].annotation
-        allowed = list(getattr(model, "model_fields", {}))
-    if allowed:
-        raise ValueError(f"axis {path!r} is a group of fields; name one: {', '.join(f'{path}.{a}' for a in allowed)}")
+def recipe_fields(model: type[BaseModel] = Recipe) -> Iterator[str]:
+    """Dotted paths of all fields of the recipe: kl.coef, rollout.num_steps, ..."""
+    for name, info in model.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from (f"{name}.{path}" for path in recipe_fields(inner))
+        else:
+            yield name
+
+
+def _unknown(path: str, kind: str, others: tuple[str, ...] = ()) -> str | None:
+    """What is wrong with a dotted path to a recipe field; None if nothing is."""
+    fields = list(recipe_fields())
+    if path in fields:
+        return None
+    if inside := [f for f in fields if f.startswith(f"{path}.")]:
+        return f"is a group of fields; name one of {', '.join(inside)}"
+    group = path.partition(".")[0] + "."
+    siblings = [f for f in fields if f.startswith(group)]
+    groups = list(dict.fromkeys(f.split(".")[0] + ".*" if "." in f else f for f in fields))
+    return f"unknown {kind}{choices(path, [*others, *fields], siblings or [*others, *groups])}"
+
+
+def _check(file: GridFile, source: Source) -> None:
+    """What the types cannot say. Raises InputError at the line."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", file.name):
+        allowed = "letters, digits, '_', '-' and '.', the first a letter or digit, as it names a folder"
+        raise source.error(("name",), f"got {file.name!r}. Allowed: {allowed}")
+    for name, values in file.axes.items():
+        if name not in COMPONENT_AXES and (problem := _unknown(name, "axis", COMPONENT_AXES)):
+            raise source.error(("axes", name), problem)
+        if name not in COMPONENT_AXES and _holds(file.override, tuple(name.split("."))):
+            raise source.error(("override", *name.split(".")), "is an axis of this grid too; give its values there")
+        if not values:
+            raise source.error(("axes", name), "got an empty axis, expected at least one value")
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                raise source.error(("axes", name, i), f"got {shown(value)} twice; two cells would be the same")
+    for name in COMPONENT_AXES:
+        if name not in file.axes:
+            raise source.error(("axes",), f"{name!r} is missing; a grid crosses {', '.join(COMPONENT_AXES)}")
+    if not file.seeds:
+        raise source.error(("seeds",), "got no seeds, expected at least one")
+    for i, seed in enumerate(file.seeds):
+        if seed in file.seeds[:i]:
+            raise source.error(("seeds", i), f"got {seed} twice; two cells would be the same")
 
 
 def load_grid(path: Path, settings: dict[str, Any] | None = None) -> Grid:
@@ -120,31 +137,29 @@ def load_grid(path: Path, settings: dict[str, Any] | None = None) -> Grid:
     """
     source = Source.read(path)
     try:
-        file = GridFile.model_validate(source.data)
+        file = validate(GridFile, source.data)
     except ValidationError as error:
         raise explain(error, GridFile, source) from None
-    for key, value in (settings or {}).items():
-        _known_axis_setting(key)
-        file = file.model_copy(update={"override": set_path(file.override, key.split("."), value)})
+    _check(file, source)
     recipe_source = Source.read(_recipe_path(file.recipe, path, source))
-    grid = Grid(file=file, source=source, recipe_source=recipe_source, recipe=merge(recipe_source.data, file.override))
-    grid.recipe_with({})
+    recipe = merge(recipe_source.data, file.override)
+    for key, value in (settings or {}).items():
+        if problem := _unknown(key, "field"):
+            raise InputError(f"--set {key}={value}: {problem}")
+        if key in file.axes:
+            values = ", ".join(map(shown, file.axes[key]))
+            raise InputError(f"--set {key}={value}: is an axis of {path} ({values}); --only {key}=VALUE keeps one")
+        recipe = set_path(recipe, key.split("."), value)
+    grid = Grid(file=file, source=source, recipe_source=recipe_source, recipe=recipe, settings=settings or {})
+    grid.recipe_with({name: values[0] for name, values in file.axes.items() if name not in COMPONENT_AXES})
     return grid
 
 
-def _known_axis_setting(key: str) -> None:
-    try:
-        _known_axis(key)
-    except ValueError as error:
-        raise InputError(f"--set {key}: {error}") from None
-
-
 def _recipe_path(name: str, grid: Path, source: Source) -> Path:
-    if name.endswith((".yaml", ".yml")):
-        return grid.parent / name
     folder = grid.parent / "recipes"
-    found = folder / f"{name}.yaml"
-    if not found.exists():
-        names = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise source.error(("recipe",), f"no recipe {name!r} in {folder}{choices(name, names)}")
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    found = grid.parent / name if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not found.is_file():
+        where = f"no such file: {found}" if found.parent != folder else f"no recipe {name!r} in {folder}"
+        raise source.error(("recipe",), f"{where}{choices(name, names)}")
     return found

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ablate.grid import COMPONENT_AXES, Grid
 from ablate.recipe import Recipe, Strict
-from ablate.source import InputError, Location, choices
+from ablate.source import FieldError, InputError, Location, choices, message, shown
 
+MEMBERS = {  # what a class from the outside must have; the protocols say it in full
+    "objective": ("needs", "level", "__call__"),
+    "estimator": ("needs_transitions", "probe", "log_prob"),
+    "sampler": ("stochastic", "problem", "sample"),
+}
 FORMAT = 1  # of the files in results/; a change in meaning raises it
 
 
@@ -85,7 +91,7 @@ class Plan:
         """The plan of some of its cells. Raises InputError if there are none."""
         cells = tuple(cell for cell in self.cells if wanted(cell))
         if not cells:
-            raise InputError(f"grid {self.grid!r}: none of its {len(self.cells)} cells is left by --only and --seeds")
+            raise InputError(f"grid {self.grid!r}: none of its {len(self.cells)} cells fits all of --only and --seeds")
         return dataclasses.replace(self, cells=cells)
 
     def to_json(self) -> str:
@@ -104,7 +110,8 @@ class Plan:
 def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lambda _: {}) -> Plan:
     """Cross the axes. `versions` identify what lies outside the grid file, such as reward and embedded model.
 
-    Raises InputError for a component that does not exist or has impossible parameters, with file and line.
+    Raises InputError for a component that does not exist or has impossible parameters, with file and line; also for a
+    FieldError of `versions`.
     """
     axes = grid.file.axes
     components = {
@@ -114,36 +121,41 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
     for axis, values in components.items():
         for i, (component, _) in enumerate(values):
             if component in [c for c, _ in values[:i]]:
-                raise grid.source.error(
-                    ("axes", axis, i), f"{component.name!r} with the same parameters is there twice"
-                )
+                spelled = f"got {component.name!r} with the same parameters twice; two cells would be the same"
+                raise grid.source.error(("axes", axis, i), spelled)
+    names = {axis: _labels(axis, [component for component, _ in values]) for axis, values in components.items()}
     recipe_axes = {name: values for name, values in axes.items() if name not in COMPONENT_AXES}
     cells, excluded = [], []
     for chosen in itertools.product(*recipe_axes.values()):
         settings = dict(zip(recipe_axes, chosen, strict=True))
         recipe = grid.recipe_with(settings)
-        identities = dict(versions(recipe))
+        try:
+            identities = dict(versions(recipe))
+        except FieldError as error:
+            raise grid.error(error.location, str(error), settings) from None
         for combination in itertools.product(*(components[axis] for axis in COMPONENT_AXES)):
             parts = {axis: component for axis, (component, _) in zip(COMPONENT_AXES, combination, strict=True)}
-            labels = {axis: label(axis, component) for axis, component in parts.items()}
+            labels = {
+                axis: names[axis][components[axis].index(value)]
+                for axis, value in zip(COMPONENT_AXES, combination, strict=True)
+            }
             _, estimator, sampler = (instance for _, instance in combination)
-            reason = impossible(estimator, sampler, recipe)
+            reason = impossible(parts["estimator"].name, estimator, sampler, recipe)
             if reason:
                 excluded.append(Excluded(**labels, axes=settings, reason=reason))
                 continue
             cells += [
                 _cell(grid.file.name, parts, labels, seed, settings, recipe, identities) for seed in grid.file.seeds
             ]
-    order = {axis: tuple(label(axis, component) for component, _ in components[axis]) for axis in COMPONENT_AXES}
-    return Plan(grid=grid.file.name, order=order, cells=tuple(cells), excluded=tuple(excluded))
+    return Plan(grid=grid.file.name, order=names, cells=tuple(cells), excluded=tuple(excluded))
 
 
-def impossible(estimator: Any, sampler: Any, recipe: Recipe) -> str | None:
-    """Why the two cannot be in one cell under this recipe, in words; None if they can."""
+def impossible(name: str, estimator: Any, sampler: Any, recipe: Recipe) -> str | None:
+    """Why an estimator of this name and a sampler cannot be in one cell, in words; None if they can."""
     if estimator.needs_transitions and not sampler.stochastic:
-        return "trajectory needs transition densities; this sampler is deterministic"
+        return f"{name} needs transition densities; this sampler is deterministic"
     if estimator.needs_transitions and recipe.rollout.guidance_scale != recipe.update.guidance_scale:
-        return "trajectory scores the rollout's own steps, so rollout and update need the same guidance_scale"
+        return f"{name} scores the rollout's own steps, so rollout and update need the same guidance_scale"
     problem: str | None = sampler.problem(recipe.rollout.num_steps)
     return problem
 
@@ -183,38 +195,47 @@ def _num_points(cell: Cell, estimator: Any, sampler: Any) -> int:
         scored = getattr(sampler, "window", steps)
         return min(asked or scored, scored)
     points = asked or steps - 1
-    return min(points, steps) if estimator.law == "sampler_grid" else points
+    return min(points, steps) if getattr(estimator, "law", None) == "sampler_grid" else points
 
 
 def resolve(axis: str, value: Any, grid: Grid, location: Location) -> tuple[Component, Any]:
     """A value of an axis, `grpo` or `{name: grpo, clip_range: 1e-4}`, with all its parameters, and its instance."""
     spec = {"name": value} if isinstance(value, str) else value
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-        raise grid.source.error(location, f"expected a name or a mapping with 'name', got {value!r}")
+        expected = "a name or a mapping with 'name', as in {name: elbo, weight: simple}"
+        raise grid.source.error(location, f"got {shown(value)}, expected {expected}")
     name, given = spec["name"], {key: v for key, v in spec.items() if key != "name"}
     try:
         kind = _kind(axis, name)
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        for key in given:
-            if key not in fields:
-                raise InputError(f"{name} has no parameter {key!r}{choices(key, fields)}")
-        hints = typing.get_type_hints(kind)
-        for key, v in given.items():
-            given[key] = TypeAdapter(hints[key]).validate_python(v)
-        instance = kind(**given)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise grid.source.error(
-            location, f"{name}.{key}: got {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
-        ) from None
-    except (ValueError, TypeError) as error:
+    except InputError as error:
         raise grid.source.error(location, str(error)) from None
+    hints = typing.get_type_hints(kind)
+    fields = [f.name for f in dataclasses.fields(kind)]
+    for key, v in given.items():
+        if key not in fields:
+            raise grid.source.error((*location, key), f"{name} has no parameter {key!r}{choices(key, fields)}")
+        try:
+            given[key] = TypeAdapter(hints[key]).validate_json(json.dumps(v, default=str), strict=True)
+        except ValidationError as error:
+            raise grid.source.error((*location, key), f"{name}: {message(error.errors()[0])}") from None
+        if isinstance(v, float) and not math.isfinite(v):
+            raise grid.source.error((*location, key), f"{name}: got {v}, expected a finite number")
+    try:
+        instance = kind(**given)
+    except (ValueError, TypeError) as error:
+        raise grid.source.error(location, f"{name}: {error}") from None
     return Component(name=name, **dataclasses.asdict(instance)), instance
 
 
 def build(axis: str, component: Component) -> Any:
     """The instance of a resolved component."""
     return _kind(axis, component.name)(**component.parameters)
+
+
+def _labels(axis: str, values: list[Component]) -> tuple[str, ...]:
+    """Short labels where they tell the values of an axis apart, full ones where they do not."""
+    short = [short_label(axis, value) for value in values]
+    return tuple(label(axis, v) if short.count(s) > 1 else s for v, s in zip(values, short, strict=True))
 
 
 def short_label(axis: str, component: Component) -> str:
@@ -237,18 +258,30 @@ def label(axis: str, component: Component) -> str:
 def _kind(axis: str, name: str) -> Any:
     """The class of a component: from its table, or from the outside as `module:Class`."""
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            kind = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"{axis} {name!r} cannot be imported: {error}") from None
-        if not dataclasses.is_dataclass(kind):
-            raise InputError(f"{axis} {name!r} must be a dataclass")
-        return kind
+        return _outside(axis, name)
     table = getattr(importlib.import_module(f"ablate.{axis}s"), f"{axis}s".upper())
     if name not in table:
         raise InputError(f"unknown {axis} {name!r}{choices(name, table)}, or 'module:Class' of your own")
     return table[name]
+
+
+def _outside(axis: str, name: str) -> Any:
+    """The class that `module:Class` names."""
+    path, _, attribute = name.partition(":")
+    if not path or not attribute:
+        raise InputError(f"got {axis} {name!r}, expected 'module:Class'")
+    try:
+        module = importlib.import_module(path)
+    except Exception as error:  # whatever the file of a user does when it is run
+        raise InputError(f"{axis} {name!r} cannot be imported: {type(error).__name__}: {error}") from None
+    kinds = {key: v for key, v in vars(module).items() if isinstance(v, type) and dataclasses.is_dataclass(v)}
+    if attribute not in kinds:
+        problem = "is no dataclass" if hasattr(module, attribute) else "does not exist"
+        raise InputError(f"{axis} {name!r} {problem}{choices(attribute, kinds)}")
+    for member in MEMBERS[axis]:
+        if not hasattr(kinds[attribute], member):
+            raise InputError(f"{axis} {name!r} has no {member!r}; see ablate/{axis}s/protocol.py")
+    return kinds[attribute]
 
 
 def _cell(

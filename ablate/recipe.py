@@ -82,6 +82,9 @@ class UpdateRecipe(Strict):
     """Optimizer steps per epoch, each on its own share of the groups."""
     num_points: Count | None = None
     """Evaluation points per sample, the same for every estimator; null: as many as its source uses."""
+    share_probe: Literal["no", "group"] = "no"
+    """group: all samples of a prompt are probed at the same levels and noise, whose part of the gradient then cancels
+    between them, as advantages of a group sum to zero. Objectives that compare samples always do."""
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
     """Classifier-free guidance of the velocity whose likelihood is estimated."""
     micro_batch_size: Count = 32

@@ -16,11 +16,15 @@ import json
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ablate.plan import FORMAT
+from pydantic import ValidationError
+
+from ablate.plan import FORMAT, Cell
 from ablate.recipe import Strict
-from ablate.source import InputError
+from ablate.source import InputError, dotted, read_text, shown
+
+M = TypeVar("M", bound=Strict)
 
 
 class Status(StrEnum):
@@ -100,25 +104,56 @@ def read_record(folder: Path) -> Record | None:
     path = folder / "record.json"
     if not path.exists():
         return None
-    return Record.model_validate(read_json(path))
+    return _validated(Record, path)
+
+
+def read_cell(folder: Path) -> Cell:
+    """The cell of a folder. Raises InputError if it has none, or one of another version."""
+    path = folder / "cell.json"
+    if not path.exists():
+        raise InputError(f"{folder}: no cell.json here; `ablate run GRID` writes it")
+    return _validated(Cell, path)
+
+
+def _validated(model: type[M], path: Path) -> M:
+    data = read_json(path)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = f"{path}: cannot be read: {dotted(problem['loc'])}"
+        raise InputError(f"{where}: {problem['msg']}, got {shown(problem['input'])}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of results/. Raises InputError if it is damaged or of another format version."""
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: cannot be read as JSON: {error.msg}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}:1: got {shown(data)}, expected a JSON object")
     found = data.get("format")
     if found != FORMAT:
-        raise InputError(f"{path}: results of format {found!r}, this version of ablate reads format {FORMAT}")
+        raise InputError(
+            f"{path}: results of format {shown(found)}, this version of ablate reads format {FORMAT}; "
+            "choose another folder with --results, or read it with the version that wrote it"
+        )
     return data
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of metrics.jsonl; a last line cut short by a kill is left out. Raises InputError for other damage."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    metrics = []
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: a line is not JSON: line {number}: {error.msg}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}:{number}: got {shown(values)}, expected a JSON object")
+        metrics.append(values)
+    return metrics

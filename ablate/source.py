@@ -7,26 +7,49 @@ import json
 from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
 Location = tuple[int | str, ...]
+M = TypeVar("M", bound=BaseModel)
 
 
 class InputError(ValueError):
     """Something a user wrote that cannot be used; the message is complete, one line per problem."""
 
 
-def choices(word: str, allowed: Iterable[str]) -> str:
-    """What to say after an unknown word: `, did you mean 'x'? Allowed: x, y`."""
+class FieldError(ValueError):
+    """A recipe field with a value that the schema allows and the world does not hold, such as a missing file."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.location: Location = tuple(field.split("."))
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str | None:
+    """The allowed word that was probably meant."""
+    matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def choices(word: str, allowed: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """What to say after an unknown word: `, did you mean 'x'? Allowed: x, y`. `listed` is shown in place of `allowed`
+    where those are too many."""
     allowed = list(allowed)
-    matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
-    hint = f", did you mean {matches[0]!r}?" if matches else "."
-    return f"{hint} Allowed: {', '.join(allowed) or 'none'}"
+    match = nearest(word, allowed)
+    hint = f", did you mean {match!r}?" if match else "."
+    return f"{hint} Allowed: {', '.join(allowed if listed is None else listed) or 'none'}"
+
+
+def shown(value: object) -> str:
+    """A value as the user wrote it, on one line."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Source:
@@ -40,23 +63,33 @@ class Source:
             self.data: Any = yaml.load(StringIO(text))
             self._root: Node | None = yaml.compose(StringIO(text))
         except MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = f"{name}:{mark.line + 1}" if mark else name
-            raise InputError(f"{line}: not valid YAML: {error.problem}") from None
+            raise InputError(f"{name}:{_marked(error)}") from None
+        except ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            raise InputError(f"{name}:{line}: not valid YAML: character {error.character!r}") from None
+        self._check(self._root, ())
         if not isinstance(self.data, dict):
-            raise InputError(f"{name}:1: expected a mapping of keys to values, got {_shown(self.data)}")
+            got = "an empty file" if self.data is None else shown(self.data)
+            raise InputError(f"{name}:1: got {got}, expected a mapping of keys to values")
 
     @classmethod
     def read(cls, path: Path) -> Source:
         """Read a file. Raises InputError if it is not there, no text, or no YAML mapping."""
-        try:
-            return cls(str(path), path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            hint = choices(path.name, siblings) if siblings else ""
-            raise InputError(f"{path}: no such file{hint}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as text: {error}") from None
+        return cls(str(path), read_text(path))
+
+    def _check(self, node: Node | None, above: tuple[Node, ...]) -> None:
+        """Refuse what YAML can say and a grid cannot: keys that are no text, and values that hold themselves."""
+        if node in above:
+            raise InputError(f"{self.name}:{node.start_mark.line + 1}: a value refers to itself")
+        if isinstance(node, MappingNode):
+            for key, value in node.value:
+                if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                    got = key.value if isinstance(key.value, str) else "a collection"
+                    raise InputError(f"{self.name}:{key.start_mark.line + 1}: got {got} as a key, expected a word")
+                self._check(value, (*above, node))
+        if isinstance(node, SequenceNode):
+            for value in node.value:
+                self._check(value, (*above, node))
 
     def at(self, location: Location) -> str:
         """`file:line` of the deepest part of `location` that the document holds."""
@@ -71,8 +104,40 @@ class Source:
 
     def error(self, location: Location, message: str) -> InputError:
         """An InputError at a place of this document."""
-        path = ".".join(map(str, location))
-        return InputError(f"{self.at(location)}: {path}: {message}" if path else f"{self.at(location)}: {message}")
+        return InputError(": ".join([self.at(location), *([dotted(location)] if location else []), message]))
+
+
+def dotted(location: Location) -> str:
+    """A place in a document as people write it: axes.objective.0."""
+    return ".".join(map(str, location))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises InputError if it is not there, or no UTF-8 text."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        siblings = sorted(p.name for p in path.parent.glob(f"*{path.suffix or '.yaml'}"))
+        raise InputError(f"{path}: no such file{choices(path.name, siblings) if siblings else ''}") from None
+    except IsADirectoryError:
+        files = ", ".join(sorted(str(p) for p in path.glob("*.yaml")))
+        raise InputError(f"{path}: is a folder, expected a file{f' such as {files}' if files else ''}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: got the byte 0x{error.object[error.start]:02x}, expected UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _marked(error: MarkedYAMLError) -> str:
+    """Line and problem; and where the part began that is not closed, say."""
+    mark = error.problem_mark or error.context_mark
+    problem = str(error.problem)
+    if problem.startswith("but ") and error.context:
+        problem = f"{error.context}, {problem}"
+    elif mark and error.context_mark and error.context_mark.line != mark.line:
+        problem += f" {error.context} that starts in line {error.context_mark.line + 1}"
+    return f"{mark.line + 1 if mark else 1}: not valid YAML: {' '.join(problem.split())}"
 
 
 def _child(node: Node | None, step: int | str) -> tuple[Node, Node] | None:
@@ -85,28 +150,71 @@ def _child(node: Node | None, step: int | str) -> tuple[Node, Node] | None:
     return None
 
 
-def explain(error: ValidationError, model: type[BaseModel], source: Source, prefix: Location = ()) -> InputError:
+def validate(model: type[M], data: object) -> M:
+    """`data`, read from YAML, as a model: a whole number is no text, and true is no number."""
+    return model.model_validate_json(json.dumps(data, default=str), strict=True)
+
+
+def problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[Location, str]]:
+    """pydantic's problems: where, and what was got and what is allowed."""
+    found = [(tuple(problem["loc"]), problem) for problem in error.errors()]
+    meant = {  # required keys that are there, misspelt
+        (*location[:-1], nearest(str(location[-1]), _fields(model, location[:-1])))
+        for location, problem in found
+        if problem["type"] == "extra_forbidden"
+    }
+    return [
+        (location, message(problem, model))
+        for location, problem in found
+        if problem["type"] != "missing" or location not in meant
+    ]
+
+
+def explain(error: ValidationError, model: type[BaseModel], source: Source) -> InputError:
     """pydantic's problems as lines with file, line, what was got and what is allowed."""
-    lines = []
-    for problem in error.errors():
-        location: Location = tuple(problem["loc"])
-        where = source.error(prefix + location, _message(problem, model, location))
-        lines.append(str(where))
-    return InputError("\n".join(lines))
+    return InputError("\n".join(str(source.error(*problem)) for problem in problems(error, model)))
 
 
-def _message(problem: Any, model: type[BaseModel], location: Location) -> str:
-    kind, got, context = problem["type"], _shown(problem["input"]), problem.get("ctx", {})
-    if kind == "extra_forbidden":
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "string": "text, in quotes if need be",
+    "bool": "true or false",
+    "list": "a list, as in [a, b]",
+    "tuple": "a list, as in [a, b]",
+    "dict": "a mapping of keys to values",
+    "model": "a mapping of keys to values",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def message(problem: Any, model: type[BaseModel] | None = None) -> str:
+    """One of pydantic's problems in words."""
+    kind, location, context = problem["type"], problem["loc"], problem.get("ctx", {})
+    got = f"got {shown(problem['input'])}"
+    if kind == "extra_forbidden" and model:
         return f"unknown key{choices(str(location[-1]), _fields(model, location[:-1]))}"
     if kind == "missing":
-        return "is required"
+        return f"{got}, expected more values" if isinstance(location[-1], int) else "is required"
+    if kind == "too_long":
+        return f"{got}, expected at most {context['max_length']} values"
     if kind == "literal_error":
         allowed = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
-        return f"got {got}{choices(str(problem['input']), allowed)}"
+        return got + choices(str(problem["input"]), allowed)
     if kind == "value_error":
         return str(context["error"])
-    return f"got {got}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    if kind in _BOUNDS:
+        bound, words = _BOUNDS[kind]
+        return f"{got}, expected {words} {context[bound]:g}"
+    if expected := _KINDS.get(kind.split("_")[0]):
+        return f"{got}, expected {expected}"
+    return f"{got}: {problem['msg']}"
 
 
 def _fields(model: type[BaseModel], location: Location) -> list[str]:
@@ -116,11 +224,6 @@ def _fields(model: type[BaseModel], location: Location) -> list[str]:
             return []
         model = annotation
     return list(model.model_fields)
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def set_path(data: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:

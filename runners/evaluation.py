@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ablate.flow import diffusers_sigmas
 from ablate.recipe import EvaluationRecipe
 from ablate.samplers.ode import ODE
 from ablate.seeding import streams
@@ -19,19 +20,22 @@ from runners.rewards import RewardOutput
 from runners.run import Run
 
 
-def evaluate(run: Run, picture: str | None) -> dict[str, float]:
-    """Score the fixed prompts with the average weights; optionally keep the first images as a picture."""
+def evaluate(run: Run) -> dict[str, float]:
+    """Score the fixed prompts with the average weights, and keep the first images as a picture."""
     recipe, policy = run.recipe.evaluation, run.policy
     prompts = run.prompts.fixed(recipe.split, recipe.num_prompts)
     with run.booked("eval"):
         with policy.using("average" if recipe.ema_decay and run.progress.update else "current"):
-            sigmas = run.sigmas(recipe.num_steps)
+            sigmas = diffusers_sigmas(recipe.num_steps, policy.shift)
             images = generate(policy, [p.text for p in prompts], recipe, sigmas, run.recipe.rollout.batch_size)
         scores = run.reward(images, prompts)
-    if picture:
-        (run.folder / "samples").mkdir(exist_ok=True)
-        contact_sheet(images[:24]).save(run.folder / "samples" / f"{picture}.png")
-    return means("eval", scores, prompts)
+    (run.folder / "samples").mkdir(exist_ok=True)
+    picture = "after" if run.progress.epoch else "before"
+    contact_sheet(images[:24]).save(run.folder / "samples" / f"{picture}.png")
+    found = means("eval", scores, prompts)
+    target = run.recipe.budget.target
+    run.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target
+    return found
 
 
 @torch.no_grad()

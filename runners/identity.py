@@ -1,4 +1,4 @@
-"""What a cell depends on beyond its files: the versions of the reward and of a local model. Torch-free."""
+"""What a cell depends on beyond its recipe: the reward's version, a local model, prompt files. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,22 +6,42 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
-from ablate.recipe import Recipe
-from ablate.source import InputError, choices
+from ablate.recipe import PromptsRecipe, Recipe
+from ablate.source import FieldError, InputError, choices
+from runners.prompts import read_prompts
 from runners.rewards import REWARDS
 
 
 def identify(recipe: Recipe) -> dict[str, str]:
-    """Names of the reward's implementation and of the model's weights; part of every cell id.
+    """Names of the reward's implementation, the model's weights and prompt files; part of every cell id.
 
-    Raises InputError for a reward that does not exist or prompt files that are not there.
+    Raises FieldError for a reward that does not exist or prompt files that cannot be used.
     """
     if recipe.reward not in REWARDS:
-        raise InputError(f"unknown reward {recipe.reward!r}{choices(recipe.reward, REWARDS)}")
-    for file in (recipe.prompts.train, recipe.prompts.evaluation):
-        if file not in (None, "scenes") and not Path(str(file)).is_file():
-            raise InputError(f"prompts: no such file: {file}; built in: scenes")
-    return {"reward": REWARDS[recipe.reward]().identity, "model": _model(recipe.model.path)}
+        raise FieldError("reward", f"unknown reward {recipe.reward!r}{choices(recipe.reward, REWARDS)}")
+    return {
+        "reward": REWARDS[recipe.reward]().identity,
+        "model": _model(recipe.model.path),
+        **_prompts(recipe.prompts),
+    }
+
+
+def _prompts(recipe: PromptsRecipe) -> dict[str, str]:
+    """Hashes of the files that prompts are taken from; built-in ones change with the reward."""
+    if recipe.train == "scenes":
+        return {}
+    hashes = {}
+    for part, file in (("train", recipe.train), ("evaluation", recipe.evaluation)):
+        if file is None:
+            missing = f"got {recipe.train!r} without prompts.evaluation, a file of prompts that are not trained on"
+            raise FieldError("prompts.train", missing)
+        try:
+            read_prompts(Path(file))
+        except InputError as error:
+            builtin = "; built in: scenes" if part == "train" and not Path(file).exists() else ""
+            raise FieldError(f"prompts.{part}", f"{error}{builtin}") from None
+        hashes[f"prompts.{part}"] = _digest(Path(file))
+    return hashes
 
 
 def model_path(path: str) -> str:
@@ -33,4 +53,8 @@ def _model(path: str) -> str:
     weights = Path(model_path(path)) / "transformer" / "diffusion_pytorch_model.safetensors"
     if not weights.exists():  # on the hub, where the recipe's revision identifies it
         return path
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    return _digest(weights)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]

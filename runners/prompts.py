@@ -6,16 +6,16 @@ that a reward can judge an image without parsing the sentence.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ablate.recipe import PromptsRecipe
-from ablate.source import InputError
+from ablate.source import InputError, dotted, problems, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class ListedPrompts:
 
 
 def load_prompts(recipe: PromptsRecipe) -> PromptSource:
-    """The prompt source of a recipe. Raises ValueError for files that cannot be read or are missing."""
+    """The prompt source of a recipe. Raises InputError for files that cannot be read or are missing."""
     if recipe.train == "scenes":
         from runners.tiny.scenes import ScenePrompts  # noqa: PLC0415 (scenes are made of this module's prompts)
 
@@ -82,39 +82,54 @@ def load_prompts(recipe: PromptsRecipe) -> PromptSource:
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a file: GenEval's `*.jsonl` (one object per line with `prompt`, `tag`, `include`) or plain text lines.
 
-    Raises ValueError with file and line for a line that is neither.
+    Raises InputError with file and line for a line that is neither.
     """
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
             prompts.append(Prompt(text=line.strip()))
             continue
         try:
-            prompts.append(_from_geneval(json.loads(line)))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}:{number}: expected a GenEval object with 'prompt', 'tag' and 'include', got {error!r}"
-            ) from error
+            prompts.append(_Line.model_validate_json(line, strict=True).to_prompt())
+        except ValidationError as error:
+            location, problem = problems(error, _Line)[0]
+            where = f"{path}:{number}: {dotted(location)}" if location else f"{path}:{number}"
+            raise InputError(f"{where}: {problem}") from None
     if not prompts:
-        raise ValueError(f"{path}: holds no prompts")
+        raise InputError(f"{path}:1: holds no prompts")
     return prompts
 
 
-def _from_geneval(line: dict[str, Any]) -> Prompt:
-    def requirement(item: dict[str, Any]) -> Requirement:
-        relation = item.get("position")
-        return Requirement(
-            cls=item["class"],
-            count=item["count"],
-            color=item.get("color"),
-            position=(relation[0], relation[1]) if relation else None,
-        )
+class _Item(BaseModel):
+    """An entry of `include` or `exclude` in GenEval's files."""
 
-    return Prompt(
-        text=line["prompt"],
-        tag=line.get("tag", "text"),
-        include=tuple(requirement(item) for item in line.get("include", ())),
-        exclude=tuple(requirement(item) for item in line.get("exclude", ())),
-    )
+    cls: str = Field(alias="class")
+    count: int = Field(ge=1)
+    color: str | None = None
+    position: tuple[Literal["left of", "right of", "above", "below"], Annotated[int, Field(ge=0)]] | None = None
+
+
+class _Line(BaseModel):
+    """A line of GenEval's files."""
+
+    prompt: str
+    tag: str = "text"
+    include: tuple[_Item, ...] = ()
+    exclude: tuple[_Item, ...] = ()
+
+    @model_validator(mode="after")
+    def _known_targets(self) -> _Line:
+        for i, item in enumerate(self.include):
+            if item.position and item.position[1] >= i:
+                expected = "expected the index of an earlier entry"
+                raise ValueError(f"include.{i}.position.1: got {item.position[1]}, {expected}")
+        return self
+
+    def to_prompt(self) -> Prompt:
+        include, exclude = (
+            tuple(Requirement(cls=i.cls, count=i.count, color=i.color, position=i.position) for i in items)
+            for items in (self.include, self.exclude)
+        )
+        return Prompt(text=self.prompt, tag=self.tag, include=include, exclude=exclude)

@@ -24,17 +24,22 @@ def note_attempt(folder: Path) -> int:
 
 def provenance() -> Provenance:
     """Versions, commit and device of this process."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     cuda = torch.cuda.is_available()
     return Provenance(
         versions={name: version(name) for name in ("ablate", "torch", "diffusers", "transformers", "peft", "numpy")},
-        commit=commit or None,
+        commit=_commit(Path(__file__).parent.parent),
         python=platform.python_version(),
         platform=platform.platform(),
         device=f"cuda: {torch.cuda.get_device_name()}" if cuda else f"cpu: {platform.machine()}",
         num_devices=1,
         num_threads=torch.get_num_threads(),
     )
+
+
+def _commit(root: Path) -> str | None:
+    """The commit of the sources in `root`, marked where they differ from it; None for an installed package."""
+    if not (root / ".git").exists():
+        return None
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(describe, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ablate.flow import NOISE_SCHEDULES
 from ablate.grid import COMPONENT_AXES
 from ablate.plan import Cell, build
 from ablate.recipe import Recipe
@@ -37,6 +35,7 @@ class Run:
     reward: Reward
     optimizer: torch.optim.Optimizer
     progress: Progress
+    target_reached: bool = False
     objective: Any = field(init=False)
     estimator: Any = field(init=False)
     sampler: Any = field(init=False)
@@ -63,13 +62,11 @@ class Run:
         cost = self.progress.cost
         self.progress.cost = cost.model_copy(update={k: getattr(cost, k) + v for k, v in amounts.items()})
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        shift = float(self.policy.shift)
-        return NOISE_SCHEDULES[self.recipe.rollout.noise_schedule](num_steps, shift)
-
     @property
     def spent(self) -> bool:
         budget, progress = self.recipe.budget, self.progress
+        if self.target_reached:
+            return True
         if budget.epochs is not None and progress.epoch >= budget.epochs:
             return True
         return budget.device_hours is not None and progress.cost.device_hours >= budget.device_hours

@@ -71,8 +71,9 @@ def accumulate_gradient(
             asked = ask("old", rows, columns) if recorded is None else recorded[rows, columns]
             old = log_prob(asked, rows, columns)
         if "reference" in objective.needs or kl_coef > 0:
-            velocity = ask("reference", rows, columns)
-            reference = log_prob(velocity, rows, columns)
+            asked = ask("reference", rows, columns)
+            reference = log_prob(asked, rows, columns)
+            velocity = asked if kl_coef > 0 else None
         share = batch.probe.sigma[rows, columns].numel() / (num_samples * num_points)
         return _Answers(rows, columns, share, old, reference, velocity)
 

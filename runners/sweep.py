@@ -13,10 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ablate.plan import Cell, Plan
-from ablate.record import Record, Status, read_metrics, read_record, write_atomic
+from ablate.record import Record, Status, read_json, read_metrics, read_record, write_atomic
 from ablate.source import InputError
 
 
@@ -75,7 +75,12 @@ def state_of(results: Path, cell: Cell) -> CellState:
 
 def freeze(results: Path, plan: Plan, grid_text: str) -> None:
     """Write the plan and a folder with its cell.json for every cell; existing folders are left alone."""
-    results.mkdir(parents=True, exist_ok=True)
+    if (results / "plan.json").exists():
+        read_json(results / "plan.json")  # refuses results of another version
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{results}: cannot be made a folder: {error.strerror}") from None
     write_atomic(results / "grid.yaml", grid_text)
     write_atomic(results / "plan.json", plan.to_json())
     for cell in plan.cells:
@@ -87,24 +92,27 @@ def freeze(results: Path, plan: Plan, grid_text: str) -> None:
 
 def run_cells(results: Path, cells: Sequence[Cell], *, workers: int, console: Console) -> list[CellState]:
     """Run the cells that are not finished, `workers` at a time, and show them live. Raises KeyboardInterrupt when
-    asked to stop, once every running cell has saved itself."""
+    asked to stop, by SIGINT or SIGTERM, once every running cell has saved itself."""
     todo = [cell for cell in in_order(cells) if not _finished(results / cell.id)]
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    started: dict[str, float] = {}
-    with _live(console, lambda: live_table(results, cells, started)) as refresh:
+    running: dict[str, _Running] = {}
+    with _live(console, lambda: live_table(console, results, cells, running)) as refresh:
         try:
-            while todo or running:
-                while todo and len(running) < workers:
-                    cell = todo.pop(0)
-                    running[cell.id] = _start(results / cell.id, workers)
-                    started[cell.id] = time.monotonic()
-                for name in [name for name, process in running.items() if process.poll() is not None]:
-                    _close(results / name, running.pop(name), console)
-                refresh()
-                time.sleep(0.5)
-        except KeyboardInterrupt:
-            console.print("Stopping: each running cell finishes its epoch and saves. Ctrl-C again ends them at once.")
-            _stop(results, running, console)
+            with _termination():
+                while todo or running:
+                    while todo and len(running) < workers:
+                        cell = todo.pop(0)
+                        if is_locked(results / cell.id):
+                            console.print(f"{cell.id}: left to the process that is running it")
+                            continue
+                        running[cell.id] = _start(results / cell.id, cell, workers)
+                    for name in [name for name, cell in running.items() if cell.process.poll() is not None]:
+                        _close(running.pop(name), console)
+                    refresh()
+                    time.sleep(0.5)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                console.print("Stopping: each running cell finishes its epoch and saves. Again Ctrl-C: at once.")
+            _stop(running, console)
             raise
     return [state_of(results, cell) for cell in cells]
 
@@ -118,22 +126,37 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
 def lock(folder: Path) -> Iterator[None]:
     """Hold a cell's folder; the system releases it when the process dies. Raises InputError if it is taken."""
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is running this cell") from None
+        if not any(_acquired(file, fcntl.LOCK_EX, delay) for delay in (0, 0.1, 0.2)):  # outlasts a look by is_locked
+            raise InputError(f"{folder}: another process is running this cell")
         yield
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a process is running this cell."""
-    if not (folder / ".lock").exists():
+    path = folder / ".lock"
+    if not path.exists():
         return False
+    with path.open() as file:
+        return not _acquired(file, fcntl.LOCK_SH)
+
+
+def _acquired(file: TextIO, kind: int, delay: float = 0) -> bool:
+    time.sleep(delay)
     try:
-        with lock(folder):
-            return False
-    except InputError:
-        return True
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    """A cell and its process."""
+
+    folder: Path
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    since: float  # time.monotonic() at its start
 
 
 def _finished(folder: Path) -> bool:
@@ -141,12 +164,12 @@ def _finished(folder: Path) -> bool:
     return record is not None and record.status.final
 
 
-def _start(folder: Path, workers: int) -> subprocess.Popen[bytes]:
+def _start(folder: Path, cell: Cell, workers: int) -> _Running:
     (folder / "record.json").unlink(missing_ok=True)
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "ablate.cli", "cell", str(folder)],
             stdout=log,
             stderr=log,
@@ -154,37 +177,55 @@ def _start(folder: Path, workers: int) -> subprocess.Popen[bytes]:
             env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **quiet},
             start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on
         )
+    return _Running(folder=folder, cell=cell, process=process, since=time.monotonic())
 
 
-def _close(folder: Path, process: subprocess.Popen[bytes], console: Console) -> None:
+def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
     """Make sure an ended cell has a record, and say so at once if it failed."""
-    if read_record(folder) is None:
+    folder, code = ended.folder, ended.process.returncode
+    record = read_record(folder)
+    if record is None and is_locked(folder):  # another `ablate run` was faster
+        return
+    if record is None:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        code = process.returncode
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        message = f"{ending}: {lines[-1]}" if lines and code > 0 else ending
-        cell = Cell.model_validate_json((folder / "cell.json").read_text())
-        attempts = len((folder / "attempts.jsonl").read_text().splitlines()) if code < 0 else 1
-        record = Record(id=folder.name, status=Status.FAILED, message=message, seed=cell.seed, attempts=attempts)
+        starts = folder / "attempts.jsonl"
+        record = Record(
+            id=folder.name,
+            status=Status.INTERRUPTED if stopped else Status.FAILED,
+            message="" if stopped else f"{ending}: {lines[-1]}" if lines and code > 0 else ending,
+            seed=ended.cell.seed,
+            attempts=len(starts.read_text().splitlines()) if starts.exists() else 0,
+        )
         write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
-    record = read_record(folder) or record
     if record.status in (Status.FAILED, Status.DIVERGED, Status.REWARD_UNAVAILABLE):
         console.print(Text(f"{folder.name} {record.status}: {record.message} (see {folder}/)", style="red"))
 
 
-def _stop(results: Path, running: dict[str, subprocess.Popen[bytes]], console: Console) -> None:
-    for process in running.values():
+def _stop(running: dict[str, _Running], console: Console) -> None:
+    processes = [cell.process for cell in running.values()]
+    for process in processes:
         process.send_signal(signal.SIGINT)
     try:
-        for process in running.values():
+        for process in processes:
             process.wait()
     except KeyboardInterrupt:
-        for process in running.values():
+        for process in processes:
             process.send_signal(signal.SIGINT)
-        for process in running.values():
+        for process in processes:
             process.wait(timeout=60)
-    for name, process in running.items():
-        _close(results / name, process, console)
+    for cell in running.values():
+        _close(cell, console, stopped=True)
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM, as batch systems send it, stops like Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -206,37 +247,61 @@ def _live(console: Console, draw: Callable[[], Any]) -> Iterator[Callable[[], No
     console.print(draw())
 
 
-def live_table(results: Path, cells: Sequence[Cell], started: dict[str, float] | None = None, rows: int = 30) -> Group:
-    """Cells with epoch, reward, held-out accuracy, device-hours and remaining time; the unfinished ones first."""
+def live_table(
+    console: Console,
+    results: Path,
+    cells: Sequence[Cell],
+    running: Mapping[str, _Running] | None = None,
+    rows: int = 30,
+) -> Group:
+    """Cells with epoch, reward, held-out accuracy, device-hours and remaining time; the unfinished ones first.
+
+    A narrow console loses columns, the least important first, and never a part of a word.
+    """
     states = [state_of(results, cell) for cell in cells]
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    for name in ("cell", "status", "epoch", "reward", "held-out", "device-hours", "", "left"):
-        table.add_column(name, justify="left" if name in ("cell", "status", "") else "right", no_wrap=True)
-    styles = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "interrupted": "yellow"}
     rank = {"running": 0, "failed": 1, "diverged": 1, "interrupted": 2, "done": 3, "waiting": 4}
-    for state in sorted(states, key=lambda s: rank.get(s.status, 2))[:rows]:
-        held_out = ""
-        if state.accuracy is not None and state.base_accuracy is not None:
-            held_out = f"{state.base_accuracy:.3f} → {state.accuracy:.3f}"
-        table.add_row(
-            state.cell.id,
-            Text(state.status, style=styles.get(state.status, "dim")),
-            str(state.epoch or ""),
-            f"{state.reward:.3f}" if state.reward is not None else "",
-            held_out,
-            f"{state.device_hours:.3f}" if state.device_hours else "",
-            ProgressBar(total=1, completed=state.fraction, width=12),
-            _left(state, (started or {}).get(state.cell.id)),
-        )
-    counts = {status: sum(s.status == status for s in states) for status in rank}
-    summary = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+    listed = sorted(states, key=lambda s: rank.get(s.status, 2))[:rows]
+    columns: dict[str, Sequence[Any]] = {
+        "cell": [state.cell.id for state in listed],
+        "status": [Text(state.status, style=_STYLES.get(state.status, "dim")) for state in listed],
+        "epoch": [str(state.epoch or "") for state in listed],
+        "reward": ["" if state.reward is None else f"{state.reward:.3f}" for state in listed],
+        "held-out": [_held_out(state) for state in listed],
+        "hours": [f"{state.device_hours:.3f}" if state.device_hours else "" for state in listed],
+        "": [ProgressBar(total=1, completed=state.fraction, width=12) for state in listed],
+        "left": [_left(state, (running or {}).get(state.cell.id)) for state in listed],
+    }
+    dropped = ["", "reward", "hours", "left"]
+    unbounded = console.options.update(max_width=1000)
+    while (table := _table(columns)) and dropped and console.measure(table, options=unbounded).maximum > console.width:
+        del columns[dropped.pop(0)]
+    counts = {status: sum(s.status == status for s in states) for status in dict.fromkeys(s.status for s in states)}
+    summary = ", ".join(f"{counts[status]} {status}" for status in sorted(counts, key=lambda s: rank.get(s, 2)))
     hidden = f" ({len(states) - rows} more not shown)" if len(states) > rows else ""
     spent = sum(s.device_hours for s in states)
     return Group(table, Text(f"{len(states)} cells: {summary}{hidden}; {spent:.2f} device-hours", style="bold"))
 
 
-def _left(state: CellState, started: float | None) -> str:
-    if state.status != "running" or started is None or state.fraction <= 0:
+_STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "interrupted": "yellow"}
+
+
+def _table(columns: Mapping[str, Sequence[Any]]) -> Table:
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("cell", "status", "") else "right", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _held_out(state: CellState) -> str:
+    if state.accuracy is None or state.base_accuracy is None:
         return ""
-    seconds = (time.monotonic() - started) * (1 - state.fraction) / state.fraction
+    return f"{state.base_accuracy:.3f} → {state.accuracy:.3f}"
+
+
+def _left(state: CellState, cell: _Running | None) -> str:
+    if state.status != "running" or cell is None or state.fraction <= 0:
+        return ""
+    seconds = (time.monotonic() - cell.since) * (1 - state.fraction) / state.fraction
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ablate.advantages import advantages
+from ablate.flow import NOISE_SCHEDULES
 from ablate.plan import Cell
 from ablate.record import Record, Status, read_json, read_metrics, write_atomic
 from ablate.rollout import Rollout, concatenate, take
@@ -42,6 +43,7 @@ def train_cell(folder: Path) -> Record:
     """Train the cell of a folder to its end and write its record. Bad states are records, not exceptions."""
     cell = Cell.model_validate(read_json(folder / "cell.json"))
     attempts = note_attempt(folder)
+    (folder / "traceback.txt").unlink(missing_ok=True)
     progress, status, message = Progress(), Status.FAILED, ""
     try:
         with _interruption() as interrupted:
@@ -79,12 +81,12 @@ def _train(run: Run, interrupted: list[int]) -> bool:
     """Epochs until the budget is spent; False when a signal asked to stop."""
     recipe, progress = run.recipe, run.progress
     if progress.epoch == 0:
-        run.log(evaluate(run, "before"))
+        run.log(evaluate(run))
     while not run.spent:
         metrics = train_epoch(run)
         progress.epoch += 1
         if progress.epoch % recipe.evaluation.every == 0 or run.spent:
-            metrics |= evaluate(run, "after" if run.spent else None)
+            metrics |= evaluate(run)
         run.log(metrics)
         if interrupted or progress.epoch % recipe.checkpoint_every == 0:
             with run.booked("checkpoint"):
@@ -126,7 +128,7 @@ def train_epoch(run: Run) -> dict[str, float]:
 def roll_out(run: Run, conditioning: Conditioning) -> Rollout:
     """Images of an epoch under the old policy, batch by batch; a sample's noise depends on its index alone."""
     recipe, policy = run.recipe.rollout, run.policy
-    sigmas = run.sigmas(recipe.num_steps)
+    sigmas = NOISE_SCHEDULES[recipe.noise_schedule](recipe.num_steps, policy.shift)
     rollouts = []
     with policy.using("old"):
         for rows in batches(len(conditioning.tokens), recipe.batch_size):
@@ -145,8 +147,8 @@ def update(
     """The optimizer steps of an epoch, each on its own share of the groups; then the old policy follows."""
     recipe, policy, progress = run.recipe.update, run.policy, run.progress
     size = run.recipe.rollout.group_size
-    # samples that an objective compares with each other are probed at the same noise
-    samples = group.tolist() if run.objective.level == "group" else range(len(group))
+    shared = recipe.share_probe == "group" or run.objective.level == "group"
+    samples = group.tolist() if shared else range(len(group))
     probe = run.estimator.probe(
         rollout,
         num_points=recipe.num_points,

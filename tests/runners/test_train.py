@@ -190,3 +190,11 @@ def test_components_round_trip_through_cell_json() -> None:
 
 def test_checkpoints_of_nothing_are_none(tmp_path: Path) -> None:
     assert checkpoint.restore(tmp_path, None, None) is None
+
+
+def test_a_target_ends_the_cell(tmp_path: Path) -> None:
+    cell = BY_NAME["grpo/elbo-simple/ode"]
+    budget = cell.recipe.budget.model_copy(update={"epochs": 50, "target": 0.0})
+    evaluation = cell.recipe.evaluation.model_copy(update={"every": 2})
+    record = train.train_cell(folder_of(cell, tmp_path, budget=budget, evaluation=evaluation))
+    assert (record.status, record.epochs) == (Status.DONE, 0)

@@ -1,0 +1,434 @@
+"""Many cells through the front door: run, interrupt, kill, run again, report; no work lost and none done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from rich.console import Console
+
+from ablate import cli
+from ablate.grid import load_grid
+from ablate.plan import Cell, make_plan
+from ablate.record import Record, Status, read_metrics, read_record, write_atomic
+from ablate.source import InputError
+from runners import sweep
+from runners.identity import identify
+from runners.sweep import freeze, in_order, is_locked, live_table, lock, run_cells, state_of
+
+GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
+NUM_EPOCHS = 8
+SETTINGS = {
+    "budget.epochs": NUM_EPOCHS,
+    "rollout.num_groups": 3,
+    "rollout.group_size": 2,
+    "rollout.num_steps": 3,
+    "update.updates_per_epoch": 3,
+    "evaluation.num_prompts": 6,
+    "evaluation.num_steps": 2,
+}
+PLAN = make_plan(load_grid(GRID, SETTINGS), identify)
+FIRST, SECOND = PLAN.cells[0], PLAN.cells[-1]
+OPTIONS = [str(GRID), *(word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}"))]
+OPTIONS += ["--only", f"id={FIRST.id}", "--only", f"id={SECOND.id}"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def processes(folder: Path) -> list[int]:
+    """Processes that run a cell of these results."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # ended meanwhile
+            continue
+        if "cell" in words and any(word.startswith(str(folder)) for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def epochs(cell: Path) -> list[int]:
+    return [line["epoch"] for line in read_metrics(cell)]
+
+
+def attempts(cell: Path) -> int:
+    path = cell / "attempts.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """One `ablate run` and what it left behind."""
+
+    code: int
+    out: str
+    err: str
+    records: dict[str, Record | None]
+    epochs: dict[str, list[int]]
+    attempts: dict[str, int]
+    alive: list[int]
+
+
+@dataclass(kw_only=True)
+class Story:
+    folder: Path
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def words(self) -> list[str]:
+        return ["run", *OPTIONS, "--results", str(self.folder.parent), "--no-tracking"]
+
+    def note(self, code: int, out: str, err: str) -> None:
+        cells = [self.folder / cell.id for cell in (FIRST, SECOND)]
+        self.stages.append(
+            Stage(
+                code=code,
+                out=out,
+                err=err,
+                records={cell.name: read_record(cell) for cell in cells},
+                epochs={cell.name: epochs(cell) for cell in cells},
+                attempts={cell.name: attempts(cell) for cell in cells},
+                alive=processes(self.folder),
+            )
+        )
+
+    def interrupted(self) -> None:
+        """A run in its own process, that gets a SIGINT in the middle of the first cell."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ablate.cli", *self.words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        wait_until(lambda: len(epochs(self.folder / FIRST.id)) > 1 or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+        self.note(process.returncode, out, err)
+
+    def here(self) -> None:
+        """A run from this process, which has imported torch already; cells have processes of their own as ever."""
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with (
+            mock.patch.dict(os.environ, ENVIRONMENT),
+            mock.patch.object(sys, "argv", ["ablate", *self.words]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                cli.main()
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+        self.note(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Interrupted in the first cell; then the first cell is killed as it continues; then run to the end."""
+    story = Story(folder=tmp_path_factory.mktemp("results") / PLAN.grid)
+    first = story.folder / FIRST.id
+
+    def kill() -> None:
+        wait_until(lambda: attempts(first) > 1)
+        for pid in processes(first):
+            os.kill(pid, signal.SIGKILL)
+
+    story.interrupted()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    story.here()
+    killer.join()
+    story.here()
+    return story
+
+
+def test_ctrl_c_saves_the_running_cell_and_says_how_to_continue(story: Story) -> None:
+    stage = story.stages[0]
+    assert stage.code == 130
+    assert f"continue with: ablate run {OPTIONS[0]} --set budget.epochs={NUM_EPOCHS} " in stage.out
+    assert "Traceback" not in stage.err
+    record = stage.records[FIRST.id]
+    assert record is not None
+    assert record.status == Status.INTERRUPTED
+    assert 0 < record.epochs < NUM_EPOCHS
+    assert stage.records[SECOND.id] is None
+    assert stage.attempts == {FIRST.id: 1, SECOND.id: 0}
+    assert stage.alive == []
+
+
+def test_a_killed_cell_is_failed_and_the_others_go_on(story: Story) -> None:
+    stage = story.stages[1]
+    assert stage.code == 1
+    failed, done = stage.records[FIRST.id], stage.records[SECOND.id]
+    assert failed is not None
+    assert (failed.status, failed.message, failed.attempts) == (Status.FAILED, "killed by SIGKILL", 2)
+    assert f"{FIRST.id} failed: killed by SIGKILL" in stage.out.replace("\n", " ")
+    assert done is not None
+    assert (done.status, done.epochs) == (Status.DONE, NUM_EPOCHS)
+    assert stage.epochs[SECOND.id] == list(range(NUM_EPOCHS + 1))
+    assert stage.alive == []
+
+
+def test_the_next_run_continues_from_the_checkpoint_and_does_nothing_twice(story: Story) -> None:
+    stage = story.stages[2]
+    assert (stage.code, stage.err) == (0, "")
+    assert {record.status for record in stage.records.values() if record} == {Status.DONE}
+    assert stage.attempts == {FIRST.id: 3, SECOND.id: 1}
+    assert stage.epochs == {cell.id: list(range(NUM_EPOCHS + 1)) for cell in (FIRST, SECOND)}
+    before = story.stages[0].records[FIRST.id]
+    assert before is not None
+    saved = [line for line in read_metrics(story.folder / FIRST.id) if line["epoch"] <= before.epochs]
+    assert saved[-1]["device_hours"] == pytest.approx(
+        before.cost.device_hours, abs=1e-6
+    )  # the same lines, not new ones
+    assert stage.records[SECOND.id] == story.stages[1].records[SECOND.id]
+    assert f"ablate report {story.folder}" in stage.out.replace("\n", "")
+
+
+@pytest.fixture
+def ablate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ablate", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def test_a_finished_grid_starts_nothing(story: Story, ablate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_start", lambda *_: pytest.fail("a process was started"))
+    code, out, _ = ablate("run", *OPTIONS, "--results", story.folder.parent, "--no-tracking")
+    assert code == 0
+    assert "2 cells: 2 done" in out
+    assert attempts(story.folder / FIRST.id) == 3
+
+
+def test_a_finished_cell_is_not_trained_by_hand_either(story: Story, ablate: Command) -> None:
+    code, out, _ = ablate("cell", story.folder / SECOND.id)
+    assert (code, out) == (0, f"{SECOND.id} done\n")
+    assert attempts(story.folder / SECOND.id) == 1
+
+
+def test_status_shows_what_is_done(story: Story, ablate: Command) -> None:
+    code, out, _ = ablate("status", *OPTIONS, "--results", story.folder.parent)
+    assert code == 0
+    assert "2 cells: 2 done" in out
+    for cell in (FIRST, SECOND):
+        (line,) = [line for line in out.splitlines() if line.startswith(cell.id)]
+        assert line.split()[1:3] == ["done", str(NUM_EPOCHS)]
+
+
+def test_the_report_needs_nothing_else(story: Story, ablate: Command, tmp_path: Path) -> None:
+    code, out, _ = ablate("report", story.folder, "--out", tmp_path)
+    assert code == 0
+    assert out.splitlines()[0] == str(tmp_path / "index.html")
+    assert FIRST.estimator in (tmp_path / "table.md").read_text()
+
+
+# one folder at a time, without training
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    freeze(tmp_path / "g", PLAN.keep(lambda cell: cell in (FIRST, SECOND)), "name: quickstart\n")
+    return tmp_path / "g"
+
+
+def console() -> Console:
+    return Console(width=100, quiet=True)
+
+
+def script(path: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a shell script in the place of the cell's process: $4 is the cell's folder."""
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def record_of(folder: Path, cell: Cell) -> Record:
+    record = read_record(folder / cell.id)
+    assert record is not None
+    return record
+
+
+def test_a_folder_holds_one_process(folder: Path, ablate: Command) -> None:
+    with lock(folder / FIRST.id):
+        assert is_locked(folder / FIRST.id)
+        with pytest.raises(InputError, match="another process is running this cell"), lock(folder / FIRST.id):
+            pass
+        code, out, err = ablate("cell", folder / FIRST.id)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert f"{FIRST.id}: another process is running this cell" in err
+    assert not is_locked(folder / FIRST.id)
+
+
+def test_looking_at_a_folder_does_not_keep_its_process_from_starting(folder: Path) -> None:
+    cell, stop = folder / FIRST.id, threading.Event()
+    (cell / ".lock").touch()
+
+    def look() -> None:
+        while not stop.is_set():
+            is_locked(cell)
+
+    observer = threading.Thread(target=look)
+    observer.start()
+    try:
+        for _ in range(50):
+            with lock(cell):
+                pass
+    finally:
+        stop.set()
+        observer.join()
+
+
+def test_a_cell_that_another_run_holds_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(folder / "fake", "exit 3", monkeypatch)
+    with lock(folder / FIRST.id):
+        states = run_cells(folder, [FIRST, SECOND], workers=1, console=console())
+    assert [state.status for state in states] == ["running", "failed"]
+    assert not (folder / FIRST.id / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("kill -9 $$", "killed by SIGKILL"),  # before it could note an attempt
+        ("echo one; echo last words; exit 3", "exit code 3: last words"),
+        ("exit 0", "exit code 0"),  # without a record
+    ],
+)
+def test_a_process_without_a_record_gets_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, body: str, message: str
+) -> None:
+    script(folder / "fake", body, monkeypatch)
+    states = run_cells(folder, [FIRST, SECOND], workers=2, console=console())
+    assert [(state.status, state.message) for state in states] == [("failed", message)] * 2
+
+
+def test_a_failed_cell_is_tried_again_and_a_diverged_one_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(folder / "fake", 'echo x >> "$4/tries"; exit 3', monkeypatch)
+    write_atomic(
+        folder / SECOND.id / "record.json", Record(id=SECOND.id, status=Status.DIVERGED, seed=0).model_dump_json()
+    )
+    for tries in (1, 2):
+        states = run_cells(folder, [FIRST, SECOND], workers=1, console=console())
+        assert [state.status for state in states] == ["failed", "diverged"]
+        assert len((folder / FIRST.id / "tries").read_text().splitlines()) == tries
+    assert not (folder / SECOND.id / "tries").exists()
+
+
+def test_a_damaged_cell_fails_alone(folder: Path) -> None:
+    (folder / FIRST.id / "cell.json").write_text("{")
+    (state,) = run_cells(folder, [FIRST], workers=1, console=console())
+    assert state.status == "failed"
+    assert "exit code 2" in state.message
+    assert "cell.json:1: cannot be read as JSON" in state.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_start_of_a_cell_interrupts_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """As before a cell's own handlers: its process ends without a record."""
+    script(folder / "fake", 'trap "exit 1" INT; touch "$4/ready"; while :; do sleep 0.05; done', monkeypatch)
+    ready = [folder / cell.id / "ready" for cell in (FIRST, SECOND)]
+
+    def stop() -> None:
+        while not all(path.exists() for path in ready):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(folder, [FIRST, SECOND], workers=2, console=console())
+    assert [record_of(folder, cell).status for cell in (FIRST, SECOND)] == [Status.INTERRUPTED] * 2
+    assert signal.getsignal(number) == before
+    assert processes(folder) == []
+
+
+def test_threads_are_those_of_the_user_or_a_fair_share(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(folder / "fake", 'echo "$OMP_NUM_THREADS" > "$4/threads"; exit 3', monkeypatch)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+
+    def threads(workers: int) -> str:
+        run_cells(folder, [FIRST], workers=workers, console=console())
+        return (folder / FIRST.id / "threads").read_text().strip()
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads(2) == "3"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert (threads(1), threads(2), threads(16)) == ("8", "4", "1")
+
+
+def test_seeds_take_turns() -> None:
+    cells = make_plan(load_grid(GRID.with_name("tiny.yaml"))).cells
+    assert [cell.seed for cell in in_order(cells)] == [0] * 44 + [1] * 44 + [2] * 44
+    assert [c.objective for c in in_order(cells)[:44]] == [c.objective for c in cells if c.seed == 0]
+
+
+@pytest.fixture
+def half_done(folder: Path) -> Path:
+    lines = [{"epoch": 0, "eval/score": 0.25, "eval/accuracy": 0.125}, {"epoch": 3, "rollout/score": 0.5}]
+    lines += [{"epoch": 6, "rollout/score": 0.625, "eval/score": 0.5, "eval/accuracy": 0.25, "device_hours": 0.5}]
+    (folder / FIRST.id / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_state_of_a_cell_is_read_from_its_folder(half_done: Path) -> None:
+    state = state_of(half_done, FIRST)
+    assert (state.status, state.epoch, state.reward) == ("interrupted", 6, 0.625)
+    assert (state.base_accuracy, state.accuracy, state.fraction) == (0.125, 0.25, 1.0)  # the hours are spent
+    assert state_of(half_done, SECOND).status == "waiting"
+    with lock(half_done / SECOND.id):
+        assert state_of(half_done, SECOND).status == "running"
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_table_loses_columns_before_words(half_done: Path, width: int) -> None:
+    screen = Console(width=width)
+    with screen.capture() as captured:
+        screen.print(live_table(screen, half_done, [FIRST, SECOND]))
+    text = captured.get()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for part in (FIRST.id, SECOND.id, "interrupted", "0.125 → 0.250", "2 cells: 1 interrupted, 1 waiting"):
+        assert part in text
+    assert ("reward" in text) == (width >= 100)
+
+
+def test_a_plan_frozen_again_leaves_cells_alone(folder: Path) -> None:
+    path = folder / FIRST.id / "cell.json"
+    assert Cell.model_validate_json(path.read_text()) == FIRST
+    before = path.stat().st_mtime_ns
+    freeze(folder, PLAN, "name: quickstart\n# edited\n")
+    assert path.stat().st_mtime_ns == before
+    assert (folder / "grid.yaml").read_text().endswith("# edited\n")
+    assert len(list(folder.glob("*/cell.json"))) == len(PLAN.cells)

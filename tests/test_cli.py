@@ -1,0 +1,219 @@
+"""The command line: what each option keeps, and mistakes in options."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ablate import cli
+from ablate.grid import load_grid
+from ablate.plan import make_plan
+from ablate.record import Record, Status
+from runners.identity import identify
+from runners.sweep import freeze
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "grids" / "tiny.yaml")
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ablate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ablate", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--only", "objectve=grpo"], ["--only objectve=grpo", "'objective'?", "objective, estimator, sampler, id"]),
+        (["--only", "objective=grop"], ["--only objective=grop", "did you mean 'grpo'?", "grpo, gspo, reinforce, dpo"]),
+        (["--only", "estimator=simple"], ["no cell has estimator 'simple'", "elbo-simple", "elbo-path_kl"]),
+        (["--only", "grpo"], ["--only grpo: expected AXIS=VALUE"]),
+        (["--only", "estimator=trajectory", "--only", "sampler=ode"], ["none of its 132 cells fits"]),
+        (["--seeds", "0,7"], ["--seeds 0,7", "no seed 7", "Allowed: 0, 1, 2"]),
+        (["--seeds", "a"], ["--seeds 'a'", "whole numbers separated by commas"]),
+        (["--seeds", ""], ["--seeds ''", "whole numbers separated by commas"]),
+        (["--set", "kl.coef"], ["--set kl.coef: expected FIELD=VALUE"]),
+        (["--set", "kl.coef="], ["--set kl.coef=: expected FIELD=VALUE"]),
+        (["--set", "kl.coef=[1"], ["--set kl.coef=[1", "not valid YAML"]),
+        (["--set", "kl.ceof=1"], ["--set kl.ceof=1", "did you mean 'kl.coef'?"]),
+        (["--set", "kl.coef=-1"], ["--set kl.coef=-1", "got -1", "at least 0"]),
+        (["--rate", "0"], ["--rate 0", "more than 0"]),
+        (["--rate", "nan"], ["--rate nan", "more than 0"]),
+    ],
+)
+def test_a_mistake_in_an_option_is_one_line(ablate: Command, words: list[str], parts: list[str]) -> None:
+    code, out, err = ablate("plan", TINY, *words)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    for part in parts:
+        assert part in err
+
+
+def plan(ablate: Command, *words: str) -> list[dict[str, Any]]:
+    code, out, err = ablate("plan", TINY, "--json", *words)
+    assert (code, err) == (0, "")
+    return json.loads(out)["cells"]
+
+
+def test_only_keeps_by_label_by_name_by_id_and_by_axis(ablate: Command) -> None:
+    assert len(plan(ablate)) == 132
+    assert len(plan(ablate, "--only", "estimator=elbo")) == 4 * 3 * 3 * 3
+    assert len(plan(ablate, "--only", "estimator=elbo-simple", "--only", "sampler=ode", "--seeds", "1,2")) == 8
+    assert len(plan(ablate, "--only", "sampler=ode", "--only", "sampler=sde", "--seeds", "0")) == 4 * 3 + 4 * 4
+    name = plan(ablate)[17]["id"]
+    assert [cell["id"] for cell in plan(ablate, "--only", f"id={name}")] == [name]
+
+
+def test_only_keeps_values_of_recipe_axes(ablate: Command, tmp_path: Path) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "grids" / "recipes")
+    text = Path(TINY).read_text().replace("seeds:", "  kl.coef: [0, 0.5]\nseeds:")
+    (tmp_path / "g.yaml").write_text(text)
+    code, out, _ = ablate("plan", tmp_path / "g.yaml", "--json", "--only", "kl.coef=0.5")
+    assert code == 0
+    assert {cell["axes"]["kl.coef"] for cell in json.loads(out)["cells"]} == {0.5}
+    _, _, err = ablate("plan", tmp_path / "g.yaml", "--only", "kl.coef=5")
+    assert "Allowed: 0, 0.5" in err
+
+
+def test_the_table_has_a_row_per_combination(ablate: Command) -> None:
+    code, out, _ = ablate("plan", TINY, "--seeds", "0", "--rate", "200")
+    assert code == 0
+    assert len(re.findall(r"^(grpo|gspo|reinforce|dpo) +\S+ +(sde|ode|mixed) +1 ", out, re.MULTILINE)) == 44
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_rate_turns_epochs_into_hours(ablate: Command) -> None:
+    budget = ["--set", "budget.epochs=3", "--set", "budget.device_hours=null"]
+    (cell, *_) = plan(ablate, "--only", "objective=reinforce", *budget, "--rate", "100")
+    images = 3 * 24 * 16
+    assert cell["device_hours"] == pytest.approx(images * (8 + 3 * 3) / 100 / 3600)
+
+
+def test_components_are_listed_with_what_they_are(ablate: Command) -> None:
+    code, out, _ = ablate("list")
+    assert code == 0
+    for word in ("objectives", "reinforce", "grpo", "estimators", "elbo", "samplers", "mixed"):
+        assert word in out
+
+
+def test_help_is_instant_and_needs_no_torch() -> None:
+    code = "import sys\nfrom ablate import cli\nsys.argv = ['ablate', '--help']\ntry:\n    cli.main()\nfinally:\n    "
+    code += "print({'torch', 'pandas', 'mlflow'} & set(sys.modules), file=sys.stderr)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (0, "set()\n")
+    for command in ("plan", "run", "cell", "status", "report", "sync", "list"):
+        assert command in ended.stdout
+
+
+# results that cannot be used
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder as `ablate run` makes it, with one cell that is done."""
+    grid = load_grid(Path(TINY))
+    planned = make_plan(grid, identify).keep(lambda c: c.seed == 0 and c.objective == "dpo" and c.sampler == "ode")
+    folder = tmp_path / "tiny"
+    freeze(folder, planned, grid.source.text)
+    cell = planned.cells[0]
+    record = Record(id=cell.id, status=Status.DONE, seed=0)
+    (folder / cell.id / "record.json").write_text(record.model_dump_json())
+    return folder
+
+
+DAMAGE = {
+    "plan of another version": ("plan.json", '{"format": 7}', ["plan.json: results of format 7", "reads format 1"]),
+    "plan cut short": ("plan.json", '{"format": 1,', ["plan.json:1: cannot be read as JSON"]),
+    "plan that is a list": ("plan.json", "[]", ["plan.json:1: got []"]),
+    "record of another version": ("*/record.json", '{"format": 0}', ["record.json: results of format 0"]),
+    "record cut short": ("*/record.json", '{"format"', ["record.json:1: cannot be read as JSON"]),
+    "record without a seed": ("*/record.json", '{"format": 1, "id": "x", "status": "done"}', ["record.json", "seed"]),
+}
+
+
+@pytest.mark.parametrize("command", ["report", "sync"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_results_are_one_line(ablate: Command, results: Path, command: str, damage: str) -> None:
+    name, content, parts = DAMAGE[damage]
+    next(results.glob(name)).write_text(content)
+    code, out, err = ablate(command, results)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGE if name.startswith("record")])
+@pytest.mark.parametrize("command", ["status", "run"])
+def test_a_damaged_record_stops_a_grid(ablate: Command, results: Path, command: str, damage: str) -> None:
+    name, content, parts = DAMAGE[damage]
+    next(results.glob(name)).write_text(content)
+    words = ["--no-tracking"] if command == "run" else []
+    code, _, err = ablate(command, TINY, "--results", results.parent, *words)
+    assert (code, len(err.splitlines())) == (2, 1)
+    for part in parts:
+        assert part in err
+    assert not list(results.glob("*/log.txt"))
+
+
+def test_results_of_another_version_are_not_written_over(ablate: Command, results: Path) -> None:
+    (results / "plan.json").write_text('{"format": 7}')
+    code, _, err = ablate("run", TINY, "--results", results.parent, "--no-tracking")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "results of format 7" in err
+    assert (results / "plan.json").read_text() == '{"format": 7}'
+
+
+def test_results_in_the_place_of_a_file(ablate: Command, tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("")
+    code, _, err = ablate("run", TINY, "--results", tmp_path / "results", "--no-tracking")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "cannot be made a folder" in err
+
+
+@pytest.mark.parametrize("command", ["report", "sync", "cell"])
+def test_a_folder_that_is_none(ablate: Command, tmp_path: Path, command: str) -> None:
+    code, out, err = ablate(command, tmp_path / "nowhere")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert str(tmp_path / "nowhere") in err
+
+
+def test_a_damaged_cell_is_one_line(ablate: Command, results: Path) -> None:
+    path = next(results.glob("*/cell.json"))
+    path.write_text('{"format": 1, "id": "x"}')
+    code, out, err = ablate("cell", path.parent)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "cell.json: cannot be read: grid" in err
+
+
+def test_status_and_dry_run_show_where_each_cell_is(ablate: Command, results: Path) -> None:
+    words = [TINY, "--only", "objective=dpo", "--only", "sampler=ode", "--seeds", "0", "--results", results.parent]
+    code, out, _ = ablate("status", *words)
+    assert code == 0
+    assert "3 cells: 1 done, 2 waiting; 0.00 device-hours" in out
+    done = next(results.glob("*/record.json")).parent.name
+    assert re.search(rf"^{done} +done ", out, re.MULTILINE)
+    code, out, _ = ablate("run", *words, "--dry-run")
+    assert code == 0
+    assert sorted(line.split()[0] for line in out.splitlines()) == ["done", "waiting", "waiting"]
+    assert not list(results.glob("*/log.txt"))

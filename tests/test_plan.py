@@ -1,0 +1,283 @@
+"""The full product is planned or excluded with a reason; ids depend on the cell alone; costs follow from the parts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ablate.forecast import plan_json, plan_table
+from ablate.grid import load_grid
+from ablate.plan import Cell, Passes, Plan, build, make_plan, passes
+from ablate.record import Ledger
+from runners.identity import identify
+
+GRIDS = Path(__file__).parents[1] / "grids"
+RECIPE = "rollout: {num_steps: 10}\nupdate: {updates_per_epoch: 2}\nbudget: {epochs: 5}\n"
+GRID = """\
+name: g
+recipe: little
+axes:
+  objective: OBJECTIVE
+  estimator: ESTIMATOR
+  sampler: SAMPLER
+AXES
+seeds: SEEDS
+override: OVERRIDE
+"""
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Any:
+    (tmp_path / "recipes").mkdir()
+
+    def plan(
+        objective: str = "[grpo]",
+        estimator: str = "[elbo]",
+        sampler: str = "[sde]",
+        axes: str = "",
+        seeds: str = "[0]",
+        override: str = "{}",
+        recipe: str = RECIPE,
+    ) -> Plan:
+        (tmp_path / "recipes" / "little.yaml").write_text(recipe)
+        text = GRID.replace("OBJECTIVE", objective).replace("ESTIMATOR", estimator).replace("SAMPLER", sampler)
+        text = text.replace("AXES", f"  {axes}" if axes else "").replace("SEEDS", seeds).replace("OVERRIDE", override)
+        (tmp_path / "g.yaml").write_text(text)
+        return make_plan(load_grid(tmp_path / "g.yaml"))
+
+    return plan
+
+
+GOLDEN = ["grpo-elbo-simple-sde-s0-eae1a37d", "grpo-trajectory-sde-s0-be9d8796"]
+
+
+def ids(plan: Plan) -> set[str]:
+    return {cell.id for cell in plan.cells}
+
+
+@pytest.mark.parametrize("name", ["tiny", "full"])
+def test_the_product_is_44_cells_and_4_exclusions_with_a_reason(name: str) -> None:
+    plan = make_plan(load_grid(GRIDS / f"{name}.yaml"), identify)
+    legal = {(c.objective, c.estimator, c.sampler) for c in plan.cells}
+    excluded = {(e.objective, e.estimator, e.sampler): e.reason for e in plan.excluded}
+    assert (len(legal), len(excluded)) == (44, 4)
+    estimators = ["trajectory", "elbo-simple", "elbo-path_kl", "elbo-adaptive"]
+    product = itertools.product(["grpo", "gspo", "reinforce", "dpo"], estimators, ["sde", "ode", "mixed"])
+    assert legal | set(excluded) == set(product)
+    for (_, estimator, sampler), reason in excluded.items():
+        assert (estimator, sampler) == ("trajectory", "ode")
+        assert reason == "trajectory needs transition densities; this sampler is deterministic"
+    assert len(plan.cells) == 44 * 3 == len(ids(plan))
+
+
+@pytest.mark.parametrize("path", sorted(GRIDS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_grid_and_recipe_plans_and_begins_with_a_comment(path: Path, tmp_path: Path) -> None:
+    assert path.read_text().startswith("# ")
+    if path.parent.name == "recipes":
+        shutil.copytree(path.parent, tmp_path / "recipes")
+        axes = "{objective: [grpo], estimator: [elbo], sampler: [ode]}"
+        (tmp_path / "g.yaml").write_text(f"name: g\nrecipe: {path.stem}\naxes: {axes}\nseeds: [0]\n")
+        path = tmp_path / "g.yaml"
+    plan = make_plan(load_grid(path), identify)
+    assert plan.cells
+    for cell in plan.cells:
+        assert passes(cell).nfe > 0
+        assert Cell.model_validate_json(cell.model_dump_json()) == cell
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("rollout: {guidance_scale: 2}", "rollout and update need the same guidance_scale"),
+        ("rollout: {num_steps: 3}", "a window of 3 steps does not fit before the last of 3 steps"),
+    ],
+)
+def test_a_recipe_can_make_a_combination_impossible(planned: Any, setting: str, reason: str) -> None:
+    plan = planned(estimator="[trajectory]", sampler="[mixed, sde]", override=f"{{{setting}}}")
+    assert any(reason in e.reason for e in plan.excluded)
+    assert len(plan.cells) + len(plan.excluded) == 2
+
+
+# ids
+
+
+def test_ids_are_those_of_the_released_version(planned: Any) -> None:
+    """A changed id trains every finished cell again. If that is meant (a new recipe field), change these."""
+    plan = planned(estimator="[{name: elbo, weight: simple}, trajectory]", recipe=RECIPE)
+    assert [cell.id for cell in plan.cells] == GOLDEN
+
+
+def test_an_id_does_not_depend_on_the_rest_of_the_grid(planned: Any) -> None:
+    alone = planned(objective="[dpo]", sampler="[ode]", seeds="[1]")
+    first = planned(objective="[dpo, grpo]", sampler="[ode, sde]", seeds="[0, 1]")
+    last = planned(objective="[gspo, dpo]", estimator="[trajectory, elbo]", sampler="[sde, ode]", seeds="[2, 1]")
+    assert ids(alone) < ids(first)
+    assert ids(alone) < ids(last)
+    assert ids(planned(axes="kl.coef: [0.5]")) < ids(planned(axes="kl.coef: [0, 0.5]"))
+
+
+def test_a_default_spelled_out_is_the_same_cell(planned: Any) -> None:
+    assert ids(planned("[grpo]")) == ids(planned("[{name: grpo}]")) == ids(planned("[{name: grpo, clip_range: 1e-3}]"))
+    assert ids(planned()) == ids(planned(override="{kl: {coef: 0}, advantage: {coef: 1}}"))
+    assert ids(planned(override="{kl: {coef: 0.5}}")) == ids(planned(axes="kl.coef: [0.5]"))
+
+
+def test_whatever_changes_the_result_changes_the_id(planned: Any) -> None:
+    plans = [
+        planned(),
+        planned(seeds="[1]"),
+        planned("[{name: grpo, clip_range: 2.0e-3}]"),
+        planned("[gspo]"),
+        planned(override="{kl: {coef: 0.5}}"),
+        planned(override="{budget: {epochs: 6}}"),
+    ]
+    assert len(set.union(*map(ids, plans))) == len(plans)
+
+
+def test_the_versions_of_reward_and_model_are_in_the_id() -> None:
+    grid = load_grid(GRIDS / "tiny.yaml")
+    one, other = (make_plan(grid, lambda _, v=version: {"reward": v}).cells[0] for version in ("a", "b"))
+    assert one.id != other.id
+    versions = identify(grid.recipe_with({}))
+    assert versions["reward"] == "scenes-1"
+    assert len(versions["model"]) == 12
+
+
+def test_no_two_seeds_or_settings_share_a_folder(planned: Any) -> None:
+    plan = planned(axes="kl.coef: [0, 1e-4]", seeds="[0, 1, 2]")
+    assert len(ids(plan)) == 6
+    assert [cell.axes for cell in plan.cells] == [{"kl.coef": 0}] * 3 + [{"kl.coef": 1e-4}] * 3
+    assert [cell.recipe.kl.coef for cell in plan.cells[::3]] == [0, 1e-4]
+
+
+def test_labels_show_what_is_off_its_default_and_tell_values_apart(planned: Any) -> None:
+    plan = planned(sampler="[sde, {name: sde, noise_level: 0.3}]")
+    assert [cell.sampler for cell in plan.cells] == ["sde", "sde noise_level=0.3"]
+    assert [build("sampler", cell.components["sampler"]).noise_level for cell in plan.cells] == [0.7, 0.3]
+
+
+# costs
+
+
+@pytest.mark.parametrize(
+    ("components", "override", "expected"),
+    [
+        # forwards of the rollout, of old and reference policies and for coupling, and backwards
+        (("reinforce", "elbo", "ode"), "{}", (10, 0, 9)),
+        (("grpo", "elbo", "ode"), "{}", (10, 4.5, 9)),  # old is current in the first of two updates
+        (("grpo", "elbo", "ode"), "{old_policy: {decay: slow}}", (10, 9, 9)),
+        (("grpo", "trajectory", "sde"), "{}", (10, 0, 10)),  # its old answers are recorded
+        (("grpo", "trajectory", "mixed"), "{}", (10, 0, 3)),
+        (("gspo", "elbo", "ode"), "{update: {updates_per_epoch: 1}}", (10, 0, 9)),
+        (("gspo", "elbo", "ode"), "{update: {updates_per_epoch: 1, micro_batch_size: 8}}", (10, 9, 9)),
+        (("dpo", "elbo", "ode"), "{rollout: {group_size: 3}}", (10, 9, 9)),
+        (("dpo", "elbo", "ode"), "{rollout: {group_size: 4}}", (10, 18, 9)),  # 32 // 9 samples hold no group of 4
+        (("reinforce", "elbo", "ode"), "{kl: {coef: 0.1}}", (10, 9, 9)),
+        (("dpo", "elbo", "ode"), "{rollout: {group_size: 3}, kl: {coef: 0.1}}", (10, 9, 9)),  # one reference for both
+        (("reinforce", "elbo", "ode"), "{rollout: {guidance_scale: 2}}", (20, 0, 9)),
+        (("grpo", "elbo", "ode"), "{update: {guidance_scale: 2}}", (10, 9, 18)),
+        (("reinforce", "elbo", "ode"), "{update: {num_points: 3}}", (10, 0, 3)),
+        (("reinforce", "trajectory", "mixed"), "{update: {num_points: 5}}", (10, 0, 3)),
+        (("reinforce", "elbo", "ode"), "{update: {num_points: 30}}", (10, 0, 10)),  # the grid has ten levels
+        (("reinforce", "{name: elbo, weight: path_kl}", "ode"), "{update: {num_points: 30}}", (10, 0, 30)),
+    ],
+)
+def test_the_forward_plan_is_minimal(
+    planned: Any, components: tuple[str, str, str], override: str, expected: tuple[float, float, float]
+) -> None:
+    (cell,) = planned(*(f"[{part}]" for part in components), override=override).cells
+    rollout, forward, backward = expected
+    assert passes(cell) == Passes(rollout=rollout, forward=forward, backward=backward)
+
+
+def test_a_backward_counts_as_much_in_the_plan_as_in_the_ledger() -> None:
+    assert Passes(rollout=10, forward=4, backward=9).nfe == Ledger(forwards=14, backwards=9).nfe == 41
+
+
+def test_json_is_what_other_tools_rely_on(planned: Any) -> None:
+    plan = planned(estimator="[elbo, trajectory]", sampler="[ode]", axes="kl.coef: [0.5]", seeds="[0, 1]")
+    document = json.loads(json.dumps(plan_json(plan, rate=None)))
+    assert (document["format"], document["grid"], len(document["cells"])) == (1, "g", 2)
+    assert document["cells"][1] == {
+        "id": plan.cells[1].id,
+        "objective": "grpo",
+        "estimator": "elbo-adaptive",
+        "sampler": "ode",
+        "seed": 1,
+        "axes": {"kl.coef": 0.5},
+        "rollout_forwards": 10,
+        "forwards": 13.5,
+        "backwards": 9,
+        "device_hours": None,
+    }
+    assert document["excluded"] == [
+        {
+            "objective": "grpo",
+            "estimator": "trajectory",
+            "sampler": "ode",
+            "axes": {"kl.coef": 0.5},
+            "reason": "trajectory needs transition densities; this sampler is deterministic",
+        }
+    ]
+    kept = json.loads(plan.to_json())
+    assert [cell["id"] for cell in kept["cells"]] == [cell["id"] for cell in document["cells"]]
+    assert kept["excluded"] == document["excluded"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "rate", "hours"),
+    [
+        ("{epochs: 5}", None, None),
+        ("{epochs: 5}", 10.0, 5 * 48 * 24 * (10 + 27) / 10 / 3600),
+        ("{epochs: 5, device_hours: 0.25}", None, 0.25),
+        ("{epochs: 5, device_hours: 0.25}", 10.0, 0.25),
+        ("{epochs: 5, device_hours: 100}", 10.0, 5 * 48 * 24 * (10 + 27) / 10 / 3600),
+    ],
+)
+def test_device_hours_end_with_whichever_budget_comes_first(
+    planned: Any, budget: str, rate: float | None, hours: float | None
+) -> None:
+    plan = planned("[reinforce]", override=f"{{budget: {budget}}}")
+    assert plan_json(plan, rate)["cells"][0]["device_hours"] == pytest.approx(hours)
+
+
+def shown(plan: Plan, rate: float | None) -> str:
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(plan_table(plan, rate))
+    return captured.get()
+
+
+def test_the_plan_is_readable_in_80_columns(planned: Any) -> None:
+    estimators = "[{name: elbo, weight: path_kl}, {name: elbo, weight: adaptive}, trajectory]"
+    axes = "kl.coef: [0, 1e-4]\n  update.learning_rate: [1e-4, 3e-5]"
+    text = shown(planned("[reinforce]", estimators, "[mixed, ode]", axes, "[0, 1]"), 200.0)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    rows = [line.split() for line in text.splitlines()]
+    for axes in ("kl.coef=0, update.learning_rate=0.0001", "kl.coef=0.0001, update.learning_rate=3e-05"):
+        assert axes.split() in rows
+    header = ["objective", "estimator", "sampler", "seeds", "rollout", "no", "grad", "grad", "hours"]
+    assert rows.count(header) == 4
+    assert [row[:4] for row in rows].count(["reinforce", "elbo-path_kl", "mixed", "2"]) == 4
+    assert "40 cells: 20 combinations, 2 seeds." in text
+    assert "4 combinations are impossible:" in text
+    assert "trajectory needs transition densities; this sampler is deterministic:" in text
+    assert "reinforce x trajectory x ode (4 settings)" in text
+    assert "device-hours in all" in text
+
+
+def test_long_labels_break_between_parameters_and_lose_nothing(planned: Any) -> None:
+    objective = "[{name: grpo, clip_range: 0.00025}]"
+    sampler = "[{name: mixed, window: 4, policy: progressive, epochs_per_place: 7}]"
+    text = shown(planned(objective, "[{name: elbo, sigma_law: uniform}]", sampler), None)
+    words = "clip_range=0.00025 elbo-adaptive sigma_law=uniform window=4 policy=progressive epochs_per_place=7"
+    assert set(words.split()) <= set(text.split())
+    assert "--rate CALLS_PER_SECOND" in text
+    assert "1 seed." in text
