@@ -60,7 +60,7 @@ def plan(
     ] = None,
     calibrate: Annotated[bool, typer.Option(help="Measure that rate here, on the grid's own model")] = False,
 ) -> None:
-    """Show a grid's cells, the combinations that are impossible and why, and what each cell costs."""
+    """Show a grid's cells, the combinations that are excluded and why, and what each cell costs."""
     from ablate.forecast import plan_json, plan_table
 
     _, planned = _planned(grid, settings, only, seeds)
@@ -107,7 +107,9 @@ def run(
         return
     _, whole = _planned(grid, settings, None, None)
     freeze(folder, whole, loaded.source.text)
-    console.print(f"{len(planned.cells)} cells in {folder}, {workers} at a time; impossible: {len(planned.excluded)}")
+    console.print(
+        f"{len(planned.cells)} cells in {folder}, {workers} at a time; combinations excluded: {len(planned.excluded)}"
+    )
     mirror = Mirror(folder, tracking_uri) if tracking else None
     if mirror:
         mirror.start()

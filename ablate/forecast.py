@@ -68,7 +68,7 @@ def plan_table(plan: Plan, rate: float | None) -> Group:
     else:
         total = sum(filter(None, hours))
         lines.append(f"Hours are of one cell on one device; {total:.1f} device-hours in all, without evaluation.")
-    return Group(*tables, Text("\n".join(lines)), *_impossible(plan))
+    return Group(*tables, Text("\n".join(lines)), *_excluded(plan))
 
 
 def _axes(values: dict[str, Any]) -> str:
@@ -95,14 +95,14 @@ def _table(axes: str, rows: list[list[Cell]], rate: float | None) -> Group:
     return Group(*([Text(axes, style="bold cyan")] if axes else []), table, Text())
 
 
-def _impossible(plan: Plan) -> Iterator[Padding | Text]:
+def _excluded(plan: Plan) -> Iterator[Padding | Text]:
     """Each reason with the combinations that it excludes."""
     reasons: dict[str, dict[str, list[str]]] = {}
     for e in plan.excluded:
         combinations = reasons.setdefault(e.reason, {})
         combinations.setdefault(f"{e.objective} x {e.estimator} x {e.sampler}", []).append(_axes(e.axes))
     if reasons:
-        yield Text(f"\n{len(plan.excluded)} combinations are impossible:")
+        yield Text(f"\n{len(plan.excluded)} combinations are excluded:")
     for reason, combinations in reasons.items():
         yield Padding(Text(f"{reason}:"), (0, 0, 0, 2))
         for combination, axes in combinations.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,21 @@ from ablate.source import InputError, Location, Source, choices, explain, merge,
 COMPONENT_AXES = ("objective", "estimator", "sampler")
 
 
+class Exclusion(Strict):
+    """Combinations that a grid leaves out on purpose: those with all the named values."""
+
+    objective: str | None = None
+    estimator: str | None = None
+    sampler: str | None = None
+    reason: str
+    """Shown wherever excluded combinations are."""
+
+    def covers(self, labels: Mapping[str, str]) -> bool:
+        """Whether a combination, by label or by the name a label starts with, is left out."""
+        named = {axis: value for axis in COMPONENT_AXES if (value := getattr(self, axis)) is not None}
+        return all(labels[axis] == value or labels[axis].split("-")[0] == value for axis, value in named.items())
+
+
 class GridFile(Strict):
     """The keys of a grid file."""
 
@@ -26,6 +41,7 @@ class GridFile(Strict):
     axes: dict[str, list[Any]]
     seeds: list[Annotated[int, Field(ge=0)]]
     override: dict[str, Any] = {}
+    exclude: list[Exclusion] = []
 
 
 @dataclass(frozen=True, kw_only=True)

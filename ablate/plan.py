@@ -124,6 +124,10 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
                 spelled = f"got {component.name!r} with the same parameters twice; two cells would be the same"
                 raise grid.source.error(("axes", axis, i), spelled)
     names = {axis: _labels(axis, [component for component, _ in values]) for axis, values in components.items()}
+    every = [dict(zip(COMPONENT_AXES, labels, strict=True)) for labels in itertools.product(*names.values())]
+    for i, exclusion in enumerate(grid.file.exclude):
+        if not any(exclusion.covers(labels) for labels in every):
+            raise grid.source.error(("exclude", i), "fits no combination of the axes")
     recipe_axes = {name: values for name, values in axes.items() if name not in COMPONENT_AXES}
     cells, excluded = [], []
     for chosen in itertools.product(*recipe_axes.values()):
@@ -141,6 +145,7 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
             }
             _, estimator, sampler = (instance for _, instance in combination)
             reason = impossible(parts["estimator"].name, estimator, sampler, recipe)
+            reason = reason or next((e.reason for e in grid.file.exclude if e.covers(labels)), None)
             if reason:
                 excluded.append(Excluded(**labels, axes=settings, reason=reason))
                 continue

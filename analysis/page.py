@@ -60,7 +60,7 @@ def sentence(results: Results) -> str:
         f"Grid {results.grid}: {counts.get('done', 0)} of {_count(len(cells), 'cell')} done"
         f"{' (' + ', '.join(others) + ')' if others else ''}; {configurations}, "
         f"{_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))}); "
-        f"{_count(len(results.excluded), 'combination')} excluded as impossible."
+        f"{_count(len(results.excluded), 'combination')} excluded."
     )
     return first + (f" Evaluated on {' or '.join(map(str, prompts))} held-out prompts per cell." if prompts else "")
 

@@ -230,21 +230,25 @@ def _termination() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _live(console: Console, draw: Callable[[], Any]) -> Iterator[Callable[[], None]]:
-    """A refresh function: redraws in a terminal, and in a log prints the table once a minute."""
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
-            yield lambda: live.update(draw(), refresh=True)
-            live.update(draw(), refresh=True)
-        return
-    last = [time.monotonic()]
+    """A refresh function: redraws every two seconds in a terminal, and in a log prints the table once a minute."""
+    pause = 2 if console.is_terminal else 60
+    with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
 
-    def occasionally() -> None:
-        if time.monotonic() - last[0] >= 60:
-            last[0] = time.monotonic()
-            console.print(draw())
+        def show() -> None:
+            if live is None:
+                console.print(draw())
+            else:
+                live.update(draw(), refresh=True)
 
-    yield occasionally
-    console.print(draw())
+        last = [time.monotonic()]
+
+        def occasionally() -> None:
+            if time.monotonic() - last[0] >= pause:
+                last[0] = time.monotonic()
+                show()
+
+        yield occasionally
+        show()
 
 
 def live_table(

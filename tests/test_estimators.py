@@ -147,3 +147,15 @@ def test_contract_probe_and_shapes(name: str) -> None:
     assert value.shape == probe.sigma.shape == (3, 3)
     assert torch.equal(value, estimator.log_prob(velocity_at(probe), probe))
     assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_samples_with_equal_streams_are_probed_at_the_same_noise(name: str) -> None:
+    """How a group shares its probe: the same levels for all, and for the ELBO the same noise."""
+    estimator = ESTIMATORS[name]()
+    probe = estimator.probe(rollout(), num_points=3, streams=streams(1, "probe", samples=[0, 0, 1]))
+    assert torch.equal(probe.sigma[0], probe.sigma[1])
+    assert not torch.equal(probe.sigma[0], probe.sigma[2])
+    if name == "elbo":
+        noise = probe.target + rollout().x0[:, None]
+        torch.testing.assert_close(noise[0], noise[1])

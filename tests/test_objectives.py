@@ -117,6 +117,12 @@ def replace_log_prob(e: Evaluation, log_prob: Tensor) -> Evaluation:
     return dataclasses.replace(e, log_prob=log_prob)
 
 
+@pytest.mark.parametrize(("name", "field"), [("grpo", "clip_range"), ("gspo", "clip_range"), ("dpo", "beta")])
+def test_hyperparameters_that_must_be_positive(name: str, field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be positive, got -1"):
+        OBJECTIVES[name](**{field: -1})
+
+
 def test_epg_has_the_gradient_of_the_unclipped_surrogate() -> None:
     e = evaluation()
     torch.testing.assert_close(gradient(EPG(), e), gradient(GRPO(clip_range=1e9), e))

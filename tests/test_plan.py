@@ -15,6 +15,7 @@ from ablate.forecast import plan_json, plan_table
 from ablate.grid import load_grid
 from ablate.plan import Cell, Passes, Plan, build, make_plan, passes
 from ablate.record import Ledger
+from ablate.source import InputError
 from runners.identity import identify
 
 GRIDS = Path(__file__).parents[1] / "grids"
@@ -267,17 +268,34 @@ def test_the_plan_is_readable_in_80_columns(planned: Any) -> None:
     assert rows.count(header) == 4
     assert [row[:4] for row in rows].count(["reinforce", "elbo-path_kl", "mixed", "2"]) == 4
     assert "40 cells: 20 combinations, 2 seeds." in text
-    assert "4 combinations are impossible:" in text
+    assert "4 combinations are excluded:" in text
     assert "trajectory needs transition densities; this sampler is deterministic:" in text
     assert "reinforce x trajectory x ode (4 settings)" in text
     assert "device-hours in all" in text
 
 
 def test_long_labels_break_between_parameters_and_lose_nothing(planned: Any) -> None:
-    objective = "[{name: grpo, clip_range: 0.00025}]"
-    sampler = "[{name: mixed, window: 4, policy: progressive, epochs_per_place: 7}]"
-    text = shown(planned(objective, "[{name: elbo, sigma_law: uniform}]", sampler), None)
+    objective = "[grpo, {name: grpo, clip_range: 0.00025}]"
+    estimator = "[elbo, {name: elbo, sigma_law: uniform}]"
+    sampler = "[mixed, {name: mixed, window: 4, policy: progressive, epochs_per_place: 7}]"
+    text = shown(planned(objective, estimator, sampler), None)
     words = "clip_range=0.00025 elbo-adaptive sigma_law=uniform window=4 policy=progressive epochs_per_place=7"
     assert set(words.split()) <= set(text.split())
     assert "--rate CALLS_PER_SECOND" in text
     assert "1 seed." in text
+
+
+def test_a_grid_can_leave_combinations_out_with_a_reason(tmp_path: Path) -> None:
+    plan = make_plan(load_grid(GRIDS / "quickstart.yaml"))
+    assert [(c.estimator, c.sampler) for c in plan.cells] == [("elbo-adaptive", "ode"), ("trajectory", "sde")]
+    assert [(e.estimator, e.sampler) for e in plan.excluded] == [("elbo-adaptive", "sde"), ("trajectory", "ode")]
+    assert "to keep it short" in plan.excluded[0].reason
+
+    text = (GRIDS / "quickstart.yaml").read_text().replace("recipe: tiny", f"recipe: {GRIDS}/recipes/tiny")
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        text.replace("tiny-scenes", "tiny-scenes.yaml").replace("sampler: sde, reason", "sampler: sdee, reason")
+    )
+    line = next(i for i, words in enumerate(path.read_text().splitlines(), 1) if "sdee" in words)
+    with pytest.raises(InputError, match=f"grid.yaml:{line}: exclude.0: fits no combination"):
+        make_plan(load_grid(path))

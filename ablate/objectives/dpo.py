@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ablate.objectives.protocol import Level
+from ablate.objectives.ratio import check_positive
 from ablate.rollout import Evaluation
 
 
@@ -25,6 +26,9 @@ class DPO:
     beta: float = 50.0
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})
     level: ClassVar[Level] = "group"
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
 
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         gain = evaluation.log_prob - evaluation.reference()  # [b, k]

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ablate.objectives.protocol import Level
-from ablate.objectives.ratio import clipped_surrogate, log_ratio, ratio_metrics
+from ablate.objectives.ratio import check_positive, clipped_surrogate, log_ratio, ratio_metrics
 from ablate.rollout import Evaluation
 
 
@@ -22,6 +22,9 @@ class GRPO:
     clip_range: float = 1e-3
     needs: ClassVar[frozenset[str]] = frozenset({"old"})
     level: ClassVar[Level] = "term"
+
+    def __post_init__(self) -> None:
+        check_positive("clip_range", self.clip_range)
 
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         log_r = log_ratio(evaluation)
@@ -39,6 +42,9 @@ class GSPO:
     clip_range: float = 1e-3
     needs: ClassVar[frozenset[str]] = frozenset({"old"})
     level: ClassVar[Level] = "sample"
+
+    def __post_init__(self) -> None:
+        check_positive("clip_range", self.clip_range)
 
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         log_s = log_ratio(evaluation).mean(1)

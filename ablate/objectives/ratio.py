@@ -21,6 +21,12 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_range: float) -> Te
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
+def check_positive(name: str, value: float) -> None:
+    """Refuse a hyperparameter that must be positive."""
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
 def ratio_metrics(log_r: Tensor, clip_range: float | None = None) -> dict[str, Tensor]:
     """How far the policies are apart, and how many ratios a clip range catches."""
     log_r = log_r.detach()

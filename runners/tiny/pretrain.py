@@ -1,14 +1,13 @@
-"""How the embedded model was made: `python -m runners.tiny.pretrain --out DIR`. Seeded, resumable, about two hours.
+"""How the embedded model was made: `python -m runners.tiny.pretrain --out DIR`. Seeded, resumable, under an hour.
 
 Four stages, each saved when done and during its run, so that the same command continues an interrupted one:
 
 1. `vae`: an AutoencoderKL on clean renders (32x32x3 -> 8x8x4).
 2. `draw`, then `refine` at a lower rate: text encoders and transformer together, by flow matching on true captions.
    The model learns to draw well.
-3. `disobey`: the transformer alone, with most captions exchanged for another scene's, as captions of the web are.
-   What it can draw stays, what it obeys drops: this leaves to reinforcement learning the room that it has on
-   SD 3.5-M (0.24 on GenEval without guidance, 0.63 with). Without this stage a base of equal accuracy is weak,
-   and reinforcement cannot lift it beyond its own guided accuracy.
+3. `disobey`: the transformer alone, with a share of the captions exchanged for another scene's, as captions of the
+   web are. What it can draw stays, what it obeys drops: this leaves to reinforcement learning the room that it has
+   on SD 3.5-M (0.24 on GenEval without guidance, 0.63 with).
 4. `pipeline`: everything saved as a `StableDiffusion3Pipeline`, evaluated, with its model card.
 """
 

@@ -72,8 +72,8 @@ def test_markdown_keeps_its_columns() -> None:
 
 def test_the_first_line_says_what_was_run(results: Results) -> None:
     assert sentence(results) == (
-        "Grid little: 2 of 3 cells done (1 failed); 2 configurations, 2 seeds (0, 1); 1 combination excluded as "
-        "impossible. Evaluated on 600 held-out prompts per cell."
+        "Grid little: 2 of 3 cells done (1 failed); 2 configurations, 2 seeds (0, 1); 1 combination excluded. "
+        "Evaluated on 600 held-out prompts per cell."
     )
 
 

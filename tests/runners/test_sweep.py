@@ -196,9 +196,8 @@ def test_the_next_run_continues_from_the_checkpoint_and_does_nothing_twice(story
     before = story.stages[0].records[FIRST.id]
     assert before is not None
     saved = [line for line in read_metrics(story.folder / FIRST.id) if line["epoch"] <= before.epochs]
-    assert saved[-1]["device_hours"] == pytest.approx(
-        before.cost.device_hours, abs=1e-6
-    )  # the same lines, not new ones
+    # lines of the first start, not new ones
+    assert saved[-1]["device_hours"] == pytest.approx(before.cost.device_hours, abs=1e-6)
     assert stage.records[SECOND.id] == story.stages[1].records[SECOND.id]
     assert f"ablate report {story.folder}" in stage.out.replace("\n", "")
 
