@@ -22,7 +22,7 @@ from ablate.source import FieldError, InputError, Location, choices, message, sh
 MEMBERS = {  # what a class from the outside must have; the protocols say it in full
     "objective": ("needs", "level", "__call__"),
     "estimator": ("needs_transitions", "probe", "log_prob"),
-    "sampler": ("stochastic", "problem", "sample"),
+    "sampler": ("stochastic", "num_scored", "problem", "sample"),
 }
 FORMAT = 1  # of the files in results/; a change in meaning raises it
 
@@ -197,7 +197,7 @@ def one_pass(level: str, num_points: int, micro_batch_size: int, group_size: int
 def _num_points(cell: Cell, estimator: Any, sampler: Any) -> int:
     steps, asked = cell.recipe.rollout.num_steps, cell.recipe.update.num_points
     if estimator.needs_transitions:
-        scored = getattr(sampler, "window", steps)
+        scored = sampler.num_scored(steps)
         return min(asked or scored, scored)
     points = asked or steps - 1
     return min(points, steps) if getattr(estimator, "law", None) == "sampler_grid" else points

@@ -26,6 +26,19 @@ class Transitions:
     velocity_coef: Tensor  # [s]
     std: Tensor  # [s]
 
+    def first(self, num_steps: int) -> Transitions:
+        """The first so many of the steps."""
+        kept = slice(num_steps)
+        return Transitions(
+            x=self.x[:, kept],
+            next_x=self.next_x[:, kept],
+            velocity=self.velocity[:, kept],
+            sigma=self.sigma[kept],
+            x_coef=self.x_coef[kept],
+            velocity_coef=self.velocity_coef[kept],
+            std=self.std[kept],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:

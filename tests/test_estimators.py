@@ -85,7 +85,7 @@ def test_step_kl_is_the_path_kl_weight_up_to_a_constant(noise_level: float) -> N
     )
     t = r.transitions
     step_kl = (t.velocity_coef**2 / (2 * t.std**2))[1:]
-    dt = (r.sigmas[:-1] - r.sigmas[1:])[1:]
+    dt = (r.sigmas[:-1] - r.sigmas[1:])[1 : len(t.sigma)]
     c = (1 + noise_level**2 / 2) ** 2 / (2 * noise_level**2)
     torch.testing.assert_close(step_kl, dt * c * (1 - t.sigma[1:]) / t.sigma[1:])
 

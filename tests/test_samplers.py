@@ -65,7 +65,7 @@ def test_step_deviations_of_flow_sde_at_ten_steps() -> None:
 
 
 def test_transitions_are_what_happened() -> None:
-    rollout = roll_out(FlowSDE(), 6, dims=5)
+    rollout = roll_out(FlowSDE(score_last=True), 6, dims=5)
     t = rollout.transitions
     torch.testing.assert_close(t.x[:, 1:], t.next_x[:, :-1])
     torch.testing.assert_close(t.next_x[:, -1], rollout.x0)
@@ -74,7 +74,7 @@ def test_transitions_are_what_happened() -> None:
 
 
 def test_the_noise_of_transitions_is_standard_normal() -> None:
-    t = roll_out(FlowSDE(), 6, dims=20000).transitions
+    t = roll_out(FlowSDE(score_last=True), 6, dims=20000).transitions
 
     def column(values):
         return values[None, :, None]
@@ -82,6 +82,20 @@ def test_the_noise_of_transitions_is_standard_normal() -> None:
     z = (t.next_x - column(t.x_coef) * t.x - column(t.velocity_coef) * t.velocity) / column(t.std)
     assert z.mean().abs() < 0.01
     assert z.std() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_as_many_steps_are_scored_as_a_sampler_says(name: str) -> None:
+    sampler = SAMPLERS[name]()
+    transitions = roll_out(sampler, 6, dims=2).transitions
+    assert (0 if transitions is None else transitions.x.shape[1]) == sampler.num_scored(6)
+    assert sampler.stochastic == (transitions is not None)
+
+
+def test_the_last_step_is_stochastic_but_not_scored() -> None:
+    scored, left_out = (roll_out(FlowSDE(score_last=last), 6, dims=3) for last in (True, False))
+    torch.testing.assert_close(left_out.x0, scored.x0)
+    torch.testing.assert_close(left_out.transitions.sigma, scored.transitions.sigma[:-1])
 
 
 def test_a_window_is_contiguous_shared_and_never_the_last_step() -> None:

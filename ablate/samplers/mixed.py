@@ -41,6 +41,9 @@ class Mixed:
     def stochastic(self) -> bool:
         return True
 
+    def num_scored(self, num_steps: int) -> int:
+        return self.window
+
     def problem(self, num_steps: int) -> str | None:
         if self.window < num_steps:
             return None

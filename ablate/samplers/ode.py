@@ -25,6 +25,9 @@ class ODE:
     solver: Literal["euler", "dpm2"] = "euler"
     stochastic = False
 
+    def num_scored(self, num_steps: int) -> int:
+        return 0
+
     def problem(self, num_steps: int) -> str | None:
         return None
 

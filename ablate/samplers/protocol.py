@@ -24,6 +24,10 @@ class Sampler(Protocol):
         """Roll out from `noise` [b, ...] along `sigmas` [t + 1], decreasing from 1 to 0; one network call a step."""
         ...
 
+    def num_scored(self, num_steps: int) -> int:
+        """How many of so many steps leave a transition density behind."""
+        ...
+
     def problem(self, num_steps: int) -> str | None:
         """Why this sampler cannot run with so many steps, or None."""
         ...
