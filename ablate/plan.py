@@ -197,7 +197,7 @@ def one_pass(level: str, num_points: int, micro_batch_size: int, group_size: int
 def _num_points(cell: Cell, estimator: Any, sampler: Any) -> int:
     steps, asked = cell.recipe.rollout.num_steps, cell.recipe.update.num_points
     if estimator.needs_transitions:
-        scored = sampler.num_scored(steps)
+        scored: int = sampler.num_scored(steps)
         return min(asked or scored, scored)
     points = asked or steps - 1
     return min(points, steps) if getattr(estimator, "law", None) == "sampler_grid" else points
