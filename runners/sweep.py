@@ -205,13 +205,13 @@ def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
 def _stop(running: dict[str, _Running], console: Console) -> None:
     processes = [cell.process for cell in running.values()]
     for process in processes:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not SIGINT: a sweep started in the background hands on that it is ignored
     try:
         for process in processes:
             process.wait()
     except KeyboardInterrupt:
         for process in processes:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         for process in processes:
             process.wait(timeout=60)
     for cell in running.values():
