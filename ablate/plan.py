@@ -137,12 +137,8 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
             identities = dict(versions(recipe))
         except FieldError as error:
             raise grid.error(error.location, str(error), settings) from None
-        for combination in itertools.product(*(components[axis] for axis in COMPONENT_AXES)):
+        for combination, labels in zip(itertools.product(*components.values()), every, strict=True):
             parts = {axis: component for axis, (component, _) in zip(COMPONENT_AXES, combination, strict=True)}
-            labels = {
-                axis: names[axis][components[axis].index(value)]
-                for axis, value in zip(COMPONENT_AXES, combination, strict=True)
-            }
             _, estimator, sampler = (instance for _, instance in combination)
             reason = impossible(parts["estimator"].name, estimator, sampler, recipe)
             reason = reason or next((e.reason for e in grid.file.exclude if e.covers(labels)), None)

@@ -49,8 +49,7 @@ def train_cell(folder: Path) -> Record:
         with _interruption() as interrupted:
             run = set_up(folder, cell)
             progress = run.progress
-            status = Status.INTERRUPTED if not _train(run, interrupted) else Status.DONE
-            progress = run.progress
+            status = Status.DONE if _train(run, interrupted) else Status.INTERRUPTED
     except Diverged as divergence:
         status, message = Status.DIVERGED, str(divergence)
     except KeyboardInterrupt:

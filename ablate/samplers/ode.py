@@ -40,8 +40,8 @@ class ODE:
 
 
 def _dpm2(velocity: Velocity, x: Tensor, levels: list[float]) -> Tensor:
-    """Each step is an Euler step towards m = m0 + w (m0 - m1), m the predicted x0: in DPM-Solver++ form
-    x' = (sigma'/sigma) x + (1 - sigma'/sigma ...) m, which for first order equals Euler exactly.
+    """Each step is x' = (sigma'/sigma) x + (1 - sigma'/sigma) m with m = m0 + w (m0 - m1), m0 and m1 the predicted x0
+    now and one step before; with w = 0 it is first order and equals Euler exactly.
 
     w = h / (2 h0) with h the steps in log-SNR lambda = log((1 - sigma) / sigma). First and last step are first order;
     so is the second, because lambda is -inf at sigma = 1 and the step before it infinitely long (w = 0).
