@@ -11,9 +11,10 @@ EPSILON = 1e-4  # added to standard deviations, as Flow-GRPO does
 
 
 def advantages(reward: Tensor, group: Tensor, recipe: AdvantageRecipe) -> Tensor:
-    """A = coef (R - group mean) / scale, clipped; reward and group [b] -> [b], in the dtype of `reward`.
+    """A = coef (R - centre) / scale, clipped; reward and group [b] -> [b], in the dtype of `reward`.
 
-    scale: `none` 1, `group` the group's standard deviation, `batch` that of all rewards (both population form, plus
+    centre: `mean` of the group, or `leave_one_out`, the mean of the n - 1 others (Kool et al. 2019, "Buy 4 REINFORCE
+    samples"; RLOO, Ahmadian et al. 2024, arXiv 2402.14740, sec. 3.3), which is n / (n - 1) times the former. scale: `none` 1, `group` the group's standard deviation, `batch` that of all rewards (both population form, plus
     1e-4). A group of equal rewards has advantage 0 under every scale.
     """
     _, index = torch.unique(group, return_inverse=True)
@@ -29,5 +30,7 @@ def advantages(reward: Tensor, group: Tensor, recipe: AdvantageRecipe) -> Tensor
         centred = centred / (group_mean(centred**2).sqrt() + EPSILON)
     elif recipe.scale == "batch":
         centred = centred / (reward.std(correction=0) + EPSILON)
+    if recipe.centre == "leave_one_out":
+        centred = centred * (count / (count - 1))[index]
     scaled = recipe.coef * centred
     return scaled if recipe.clip is None else scaled.clamp(-recipe.clip, recipe.clip)

@@ -95,7 +95,8 @@ def run(
     """Train every cell that is not finished; the same command continues after an interruption."""
     from rich.console import Console
 
-    from runners.sweep import freeze, in_order, run_cells, state_of
+    from runners.cell_state import state_of
+    from runners.sweep import freeze, in_order, run_cells
     from runners.tracking import Mirror, compare_link, server_command
 
     loaded, planned = _planned(grid, settings, only, seeds)
@@ -134,7 +135,7 @@ def run(
 def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under results/")]) -> None:
     """Train the one cell whose folder this is, to its end; used by `run`, or by hand."""
     from ablate.record import read_cell, read_record
-    from runners.sweep import lock
+    from runners.cell_state import lock
 
     read_cell(folder)
     with lock(folder):
@@ -154,7 +155,7 @@ def status(
     """Show how far a grid's cells are."""
     from rich.console import Console
 
-    from runners.sweep import live_table
+    from runners.live import live_table
 
     _, planned = _planned(grid, settings, only, seeds)
     console = Console()

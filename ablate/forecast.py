@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ablate.grid import COMPONENT_AXES
-from ablate.plan import FORMAT, Cell, Passes, Plan, passes
+from ablate.passes import Passes, passes
+from ablate.plan import FORMAT, Cell, Plan
 
 
 def device_hours(cell: Cell, cost: Passes, rate: float | None) -> float | None:

@@ -59,6 +59,8 @@ class RolloutRecipe(Strict):
 
 
 class AdvantageRecipe(Strict):
+    centre: Literal["mean", "leave_one_out"] = "mean"
+    """What is subtracted from a reward: the mean of its group, or of the others in its group (RLOO)."""
     scale: Literal["none", "group", "batch"] = "none"
     """What the centred reward is divided by: nothing, or a standard deviation."""
     coef: Positive = 1.0

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from ablate.components import build
 from ablate.grid import COMPONENT_AXES
-from ablate.plan import Cell, build
+from ablate.plan import Cell
 from ablate.recipe import Recipe
 from ablate.record import Ledger, read_metrics
 from ablate.seeding import derive_seed

@@ -18,7 +18,7 @@ from torch import Tensor
 from ablate.estimators import Estimator
 from ablate.kl import velocity_kl
 from ablate.objectives import Objective
-from ablate.plan import one_pass
+from ablate.passes import one_pass
 from ablate.rollout import Evaluation, Probe, take
 
 Ask = Callable[[Literal["current", "old", "reference"], slice, slice], Tensor]

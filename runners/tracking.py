@@ -1,50 +1,22 @@
 """Results mirrored into MLflow: one experiment per grid, one flat run per cell, from the files, by one writer.
 
 The files are the truth, so a killed writer or a deleted database loses nothing: the next sync continues or starts over.
-Two tags say how far a run is: `ablate.claimed` (count and hash of lines of metrics.jsonl) is written before the points
-of these lines, `ablate.synced_lines` after them. Whoever continues sends what lies between once more, and MLflow keeps
-one of equal (name, step, timestamp, value). A resumed cell rewrites its last epochs; a run whose claimed lines are not
-those of the file any more is deleted and built again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shlex
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
-from ablate.plan import Cell
-from ablate.record import Record, Status, read_json, read_record
 from ablate.source import InputError
+from runners.mlflow_writer import SyncSummary, Writer, is_server
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-METRICS_PER_BATCH, PARAMS_PER_BATCH, VALUE_LENGTH = 1000, 100, 500  # what every MLflow server accepts
-RUN_STATUS = {Status.DONE: "FINISHED", Status.DIVERGED: "FINISHED", Status.INTERRUPTED: "KILLED"}  # others: FAILED
-FILES = ("cell.json", "metrics.jsonl", "attempts.jsonl", "record.json")
-REPORT = "report"  # folder of figures, and the name of their run
-
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SyncSummary:
-    experiment_id: str
-    experiment: str
-    runs: dict[str, str]  # MLflow's run ids by cell id, in the order of the plan
-    num_points: int  # sent this time
 
 
 def default_uri(results: Path) -> str:
@@ -62,7 +34,7 @@ def server_command(results: Path, uri: str | None = None) -> str:
 
 def compare_link(uri_or_host: str, experiment_id: str, run_ids: list[str]) -> str:
     """The page that compares runs, on the tracking server, or for a database on the server of `server_command`."""
-    host = _without_password(uri_or_host).rstrip("/") if _is_server(uri_or_host) else "http://127.0.0.1:5000"
+    host = _without_password(uri_or_host).rstrip("/") if is_server(uri_or_host) else "http://127.0.0.1:5000"
     runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (run_ids, [experiment_id]))
     return f"{host}/#/compare-runs?runs={runs}&experiments={experiments}"
 
@@ -71,7 +43,7 @@ def sync(results: Path, uri: str | None = None) -> SyncSummary:
     """Bring MLflow up to date with results/<grid>. Raises InputError if it is none or MLflow cannot be used."""
     uri = uri or default_uri(results)
     try:
-        return _Writer(results, uri).write()
+        return Writer(results, uri).write()
     except InputError:
         raise
     except Exception as error:  # of MLflow, its database or its server, or a damaged file
@@ -110,12 +82,12 @@ class Mirror:
             self._warn(f"the last sync takes more than {timeout:.0f} s")
 
     def _loop(self) -> None:
-        writer: _Writer | None = None
+        writer: Writer | None = None
         stopping = False
         while not stopping:
             stopping = self._stop.wait(self.seconds)
             try:
-                writer = writer or _Writer(self.results, self.uri)
+                writer = writer or Writer(self.results, self.uri)
                 self.summary = writer.write()
             except Exception as error:
                 writer = None  # the next one looks up what MLflow really holds
@@ -126,220 +98,6 @@ class Mirror:
             where, again = _without_password(self.uri), f"ablate sync {shlex.quote(str(self.results))}"
             logger.warning("MLflow at %s is behind: %s. Training goes on; `%s` catches up.", where, problem, again)
         self._warned = True
-
-
-@dataclass
-class _Run:
-    """What MLflow holds of a cell."""
-
-    id: str
-    start: int  # milliseconds since 1970
-    status: str = "RUNNING"
-    tags: dict[str, str] = field(default_factory=dict)
-    params: set[str] = field(default_factory=set)
-    stamps: list[tuple[Path, int, int]] = field(default_factory=list)  # of the files it was last written from
-
-    def changed(self, files: Iterable[Path]) -> bool:
-        """Whether the files are others than at the last call."""
-        before = self.stamps
-        self.stamps = [(p, p.stat().st_mtime_ns, p.stat().st_size) for p in files if p.exists()]
-        return self.stamps != before
-
-    @property
-    def last_change(self) -> int:
-        return max(mtime for _, mtime, _ in self.stamps) // 1_000_000
-
-    def comes_from(self, lines: list[bytes]) -> bool:
-        """Whether all points that may be in the run are of these lines."""
-        claimed = self.tags.get("ablate.claimed", _claim([]))
-        return claimed == _claim(lines[: int(claimed.split()[0])])
-
-
-class _Writer:
-    """The one writer. It remembers what MLflow holds, so that no news cost nothing; not to be used after an error."""
-
-    def __init__(self, results: Path, uri: str) -> None:
-        for name in ("plan.json", "grid.yaml"):
-            if not (results / name).is_file():
-                raise InputError(f"{results}: not a results folder, it has no {name}")
-        plan = read_json(results / "plan.json")
-        self.results, self.grid = results, str(plan["grid"])
-        self.cells = [str(cell["id"]) for cell in plan["cells"]]
-        self.grid_sha = hashlib.sha256((results / "grid.yaml").read_bytes()).hexdigest()[:12]
-        self.client = _client(uri)
-        # two results folders of one grid can share a server under two names; a server has its own place for artifacts
-        self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", self.grid)
-        artifacts = None if _is_server(uri) else str(results.resolve().parent / "mlartifacts" / self.grid)
-        known = self.client.get_experiment_by_name(self.experiment)
-        if known and known.lifecycle_stage == "deleted":
-            self.client.restore_experiment(known.experiment_id)
-        self.experiment_id = known.experiment_id if known else self.client.create_experiment(self.experiment, artifacts)
-        self.runs = self._find()
-
-    def write(self) -> SyncSummary:
-        num_points = sum(self._write_cell(id) for id in self.cells if (self.results / id / "cell.json").exists())
-        self._write_report()
-        runs = {id: self.runs[id].id for id in self.cells if id in self.runs}
-        return SyncSummary(self.experiment_id, self.experiment, runs, num_points)
-
-    def _find(self) -> dict[str, _Run]:
-        """This grid's runs by cell. If two writers at once have made two for a cell, one is deleted."""
-        runs: dict[str, _Run] = {}
-        token: str | None = None
-        while token != "":
-            page = self.client.search_runs([self.experiment_id], page_token=token)
-            for info, data in ((run.info, run.data) for run in page if run.data.tags.get("ablate.grid") == self.grid):
-                name = data.tags.get("ablate.cell", REPORT)
-                if name in runs:
-                    self.client.delete_run(info.run_id)
-                else:
-                    runs[name] = _Run(info.run_id, info.start_time, info.status, dict(data.tags), set(data.params))
-            token = page.token or ""
-        return runs
-
-    def _create(self, name: str, start: float, **tags: str) -> _Run:
-        tags = {f"ablate.{key}": value for key, value in {"grid": self.grid, **tags}.items()}
-        info = self.client.create_run(self.experiment_id, round(start * 1000), tags, name).info
-        self.runs[name] = _Run(info.run_id, info.start_time, tags=tags)
-        return self.runs[name]
-
-    def _write_cell(self, id: str) -> int:
-        folder = self.results / id
-        cell, metrics, attempts, record = (folder / name for name in FILES)
-        files = [cell, metrics, attempts, record, *_files(folder / "samples")]
-        starts = [json.loads(line)["started"] for line in _lines(attempts)] or [cell.stat().st_mtime]
-        run = self.runs.get(id) or self._create(id, starts[0], kind="cell", cell=id)
-        if not run.changed(files):
-            return 0
-        lines = _lines(metrics)
-        if not run.comes_from(lines):
-            self.client.delete_run(run.id)
-            run = self._create(id, starts[0], kind="cell", cell=id)
-            run.changed(files)
-        self._write_params(run, Cell.model_validate(read_json(cell)))
-        num_points = self._write_lines(run, lines)
-        self._write_artifacts(run, folder / "samples")
-        ended = read_record(folder)
-        self._write_status(run, ended if ended and ended.attempts >= len(starts) else None)  # else it is running again
-        return num_points
-
-    def _write_params(self, run: _Run, cell: Cell) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(k, v[:VALUE_LENGTH]) for k, v in cell_params(cell).items() if k not in run.params]
-        for batch in _batches(params, PARAMS_PER_BATCH):
-            self.client.log_batch(run.id, params=batch)
-        run.params.update(param.key for param in params)
-
-    def _write_lines(self, run: _Run, lines: list[bytes]) -> int:
-        new = lines[int(run.tags.get("ablate.synced_lines", 0)) :]
-        points = [point for line in new for point in _points(json.loads(line), run.start)]
-        self._tag(run, {"ablate.claimed": _claim(lines)})
-        for batch in _batches(points, METRICS_PER_BATCH):
-            self.client.log_batch(run.id, metrics=batch)
-        self._tag(run, {"ablate.synced_lines": str(len(lines))})
-        return len(points)
-
-    def _write_status(self, run: _Run, record: Record | None) -> None:
-        tags, status = {"ablate.grid_sha": self.grid_sha, "ablate.status": "running"}, "RUNNING"
-        if record:
-            commit = record.provenance.commit if record.provenance else None
-            tags |= {"ablate.status": record.status.value, "ablate.commit": commit or "unknown"}
-            tags |= {"ablate.message": record.message[:VALUE_LENGTH]}
-            status = RUN_STATUS.get(record.status, "FAILED")
-        self._tag(run, tags)
-        if status != run.status and record:
-            self.client.set_terminated(run.id, status, run.last_change)
-        elif status != run.status:
-            self.client.update_run(run.id, status)
-        run.status = status
-
-    def _write_report(self) -> None:
-        files = _files(self.results / REPORT)
-        if files:
-            start = (self.results / "grid.yaml").stat().st_mtime  # lists it below the cells, which have charts
-            run = self.runs.get(REPORT) or self._create(REPORT, start, kind=REPORT)
-            if run.changed(files):
-                self._write_artifacts(run, self.results / REPORT)
-                self.client.set_terminated(run.id, end_time=run.last_change)
-
-    def _write_artifacts(self, run: _Run, folder: Path) -> None:
-        """A folder, if the run does not hold it as it is."""
-        contents = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in _files(folder)))
-        if _files(folder) and run.tags.get(f"ablate.{folder.name}") != contents.hexdigest():
-            self.client.log_artifacts(run.id, str(folder), folder.name)
-            self._tag(run, {f"ablate.{folder.name}": contents.hexdigest()})
-
-    def _tag(self, run: _Run, tags: dict[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        changed = {key: value for key, value in tags.items() if run.tags.get(key, "") != value}
-        if changed:
-            self.client.log_batch(run.id, tags=[RunTag(key, value) for key, value in changed.items()])
-            run.tags.update(changed)
-
-
-def cell_params(cell: Cell) -> dict[str, str]:
-    """A resolved cell as flat params: the axes under their own names, then `components.objective.clip_range`, ..."""
-    axes = {"objective": cell.objective, "estimator": cell.estimator, "sampler": cell.sampler, "seed": cell.seed}
-    rest = cell.model_dump(mode="json", include={"components", "recipe", "versions"})
-    return dict(pair for key, value in {**axes, **cell.axes, **rest}.items() for pair in _flat(key, value))
-
-
-def _flat(path: str, value: object) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(f"{path}.{key}", inner)
-    else:
-        yield path, value if isinstance(value, str) else json.dumps(value)
-
-
-def _points(line: dict[str, Any], start: int) -> Iterator[Metric]:
-    """A line of metrics.jsonl. Its time is the run's start plus the device time so far: the same whoever sends it.
-
-    Accuracy goes first, as the compare page opens on the first metric a run got.
-    """
-    from mlflow.entities import Metric
-
-    time = start + round(line.get("device_hours", 0.0) * 3_600_000)
-    for name, value in sorted(line.items(), key=lambda item: item[0] != "eval/accuracy"):
-        if name != "epoch" and isinstance(value, int | float):
-            yield Metric(name, float(value), time, line["epoch"])
-
-
-def _batches(items: list[T], size: int) -> Iterator[list[T]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def _claim(lines: list[bytes]) -> str:
-    return f"{len(lines)} {hashlib.sha256(b''.join(lines)).hexdigest()}"
-
-
-def _lines(path: Path) -> list[bytes]:
-    """The complete lines of a file, without one that is still being written."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-
-
-def _client(uri: str) -> MlflowClient:
-    """Imports MLflow, which takes seconds, without its telemetry, its news and minutes of retries."""
-    settings = {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    }
-    os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _is_server(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
 
 
 def _without_password(uri: str) -> str:

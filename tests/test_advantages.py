@@ -40,6 +40,7 @@ def by_rows(reward: Tensor, **recipe: Any) -> Tensor:
         ({"coef": 3, "clip": 4}, [-3, 3, -4, 4]),  # the clip comes last
         ({"scale": "group"}, [-1 / (1 + EPSILON), 1 / (1 + EPSILON), -2 / (2 + EPSILON), 2 / (2 + EPSILON)]),
         ({"scale": "batch"}, [a / (2.5**0.5 + EPSILON) for a in (-1, 1, -2, 2)]),  # variance (1 + 1 + 4 + 4) / 4
+        ({"centre": "leave_one_out"}, [-2, 2, -4, 4]),  # R - the other one
         ({"scale": "batch", "coef": 2, "clip": 1.3}, [-2 / 2.5**0.5, 2 / 2.5**0.5, -1.3, 1.3]),
     ],
 )

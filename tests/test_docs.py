@@ -18,10 +18,11 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from ablate.cli import app
+from ablate.components import build
 from ablate.flow import diffusers_sigmas
 from ablate.forecast import plan_json
 from ablate.grid import load_grid
-from ablate.plan import Plan, build, make_plan
+from ablate.plan import Plan, make_plan
 from ablate.recipe import Recipe
 from ablate.record import Ledger, Status
 from ablate.rollout import Evaluation, Rollout, take

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ablate.components import build
 from ablate.forecast import plan_json, plan_table
 from ablate.grid import load_grid
-from ablate.plan import Cell, Passes, Plan, build, make_plan, passes
+from ablate.passes import Passes, passes
+from ablate.plan import Cell, Plan, make_plan
 from ablate.record import Ledger
 from ablate.source import InputError
 from runners.identity import identify

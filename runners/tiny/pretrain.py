@@ -3,8 +3,7 @@
 Four stages, each saved when done and during its run, so that the same command continues an interrupted one:
 
 1. `vae`: an AutoencoderKL on clean renders (32x32x3 -> 8x8x4).
-2. `draw`, then `refine` at a lower rate: text encoders and transformer together, by flow matching on true captions.
-   The model learns to draw well.
+2. `draw`: text encoders and transformer together, by flow matching on true captions. The model learns to draw well.
 3. `disobey`: the transformer alone, with a share of the captions exchanged for another scene's, as captions of the
    web are. What it can draw stays, what it obeys drops: this leaves to reinforcement learning the room that it has
    on SD 3.5-M (0.24 on GenEval without guidance, 0.63 with).
@@ -31,36 +30,32 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW
+from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from runners.prompts import Prompt
+from runners.tiny.architecture import TextToLatent, autoencoder, tokenizer
 from runners.tiny.card import write_card
-from runners.tiny.scenes import FAMILIES, all_prompts, draw_objects, render
+from runners.tiny.scenes import all_prompts, draw_objects, render
 
-TEXT_TOKENS = 9  # begin, at most seven words, end
 Model = TypeVar("Model", bound=nn.Module)
 
 SHIFT = 3.0  # of the noise schedule, as in SD 3
+# How often each family is drawn: those that bind colours or places to objects are learned last.
+SHARES = {"single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 2, "color_attr": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     seed: int = 0
-    num_scenes: int = 60_000
+    num_scenes: int = 80_000
     batch_size: int = 64
     vae_steps: int = 1_000
-    draw_steps: int = 6_500
-    refine_steps: int = 1_500
-    disobey_steps: int = 600
-    swap: float = 0.35  # share of captions exchanged in stage 3
+    draw_steps: int = 10_000
+    disobey_steps: int = 1_500
+    swap: float = 0.6  # share of captions exchanged in stage 3
     caption_dropout: float = 0.1  # the empty caption of classifier-free guidance
     width: int = 96
     num_blocks: int = 4
@@ -89,9 +84,9 @@ def main() -> None:
     index = {text: i for i, text in enumerate(sentences)}
     caption_ids = torch.tensor([index[p.text] for p in captions])
 
-    model = TextToLatent(settings, tokenizer(sentences), sentences)
-    for name, steps, rate in (("draw", settings.draw_steps, 1e-3), ("refine", settings.refine_steps, 6e-4)):
-        model = train_draw(settings, model, latents, caption_ids, name, steps, rate, work / f"{name}.pt")
+    torch.manual_seed(settings.seed + 1)
+    model = TextToLatent(tokenizer(sentences), sentences, width=settings.width, num_blocks=settings.num_blocks)
+    model = train_draw(settings, model, latents, caption_ids, work / "draw.pt")
     transformer = train_disobey(settings, model, latents, caption_ids, work / "disobey.pt")
     StableDiffusion3Pipeline(
         transformer=transformer,
@@ -109,13 +104,13 @@ def main() -> None:
 
 
 def scenes(settings: Settings) -> tuple[list[Prompt], Tensor]:
-    """Captions, the six families equally often, and their renders as [n, 3, 32, 32] in [-1, 1]."""
+    """Captions, the families as often as `SHARES` says, and their renders as [n, 3, 32, 32] in [-1, 1]."""
     generator = np.random.default_rng(settings.seed)
-    families = list(all_prompts().values())
+    families = [family for tag, family in all_prompts().items() for _ in range(SHARES[tag])]
     prompts, images = [], []
     with progress() as bar:
         for i in bar.track(range(settings.num_scenes), description="scenes"):
-            family = families[i % len(FAMILIES)]
+            family = families[i % len(families)]
             prompts.append(family[generator.integers(len(family))])
             images.append(render(draw_objects(prompts[-1], generator)))
     return prompts, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -124,18 +119,7 @@ def scenes(settings: Settings) -> tuple[list[Prompt], Tensor]:
 def train_vae(settings: Settings, images: Tensor, path: Path) -> AutoencoderKL:
     """Reconstruction in L1 and squared error; the KL term only keeps the latents' scale in bounds."""
     torch.manual_seed(settings.seed)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 48),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=32,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
+    vae = autoencoder()
 
     def loss(generator: torch.Generator) -> Tensor:
         x = images[torch.randint(len(images), (32,), generator=generator)]
@@ -146,78 +130,13 @@ def train_vae(settings: Settings, images: Tensor, path: Path) -> AutoencoderKL:
         loss: Tensor = F.l1_loss(y, x) + 4 * F.mse_loss(y, x) + 3e-4 * kl
         return loss
 
-    train("vae", vae, list(vae.parameters()), loss, settings.vae_steps, 2e-3, settings, path)
+    train("vae", vae, loss, settings.vae_steps, 2e-3, settings, path)
     return vae.eval()
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.cat([vae.encode(x).latent_dist.mean for x in torch.split(images, 500)])
-
-
-def tokenizer(sentences: list[str]) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer, trained on the world's own sentences until every word is one token."""
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    pairs = Tokenizer(BPE())
-    pairs.pre_tokenizer = Whitespace()
-    pairs.train_from_iterator(
-        sentences,
-        BpeTrainer(vocab_size=1000, special_tokens=special, end_of_word_suffix="</w>", show_progress=False),
-    )
-    model = json.loads(pairs.to_str())["model"]
-    return CLIPTokenizer(
-        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=TEXT_TOKENS
-    )
-
-
-class TextToLatent(nn.Module):
-    """Two CLIP text encoders and the SD 3.5 transformer, conditioned as `StableDiffusion3Pipeline` does it."""
-
-    def __init__(self, settings: Settings, tokenizer: CLIPTokenizer, sentences: list[str]) -> None:
-        super().__init__()
-        torch.manual_seed(settings.seed + 1)
-        self.tokenizer = tokenizer
-        self.tokens: Tensor
-        self.register_buffer(
-            "tokens",
-            tokenizer(sentences, padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt").input_ids,
-        )
-        text = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TEXT_TOKENS,
-            projection_dim=64,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        self.text_encoder = CLIPTextModelWithProjection(text)
-        self.text_encoder_2 = CLIPTextModelWithProjection(text)
-        self.transformer = SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=settings.num_blocks,
-            attention_head_dim=32,
-            num_attention_heads=settings.width // 32,
-            joint_attention_dim=2 * text.hidden_size,
-            caption_projection_dim=settings.width,
-            pooled_projection_dim=2 * text.projection_dim,
-            pos_embed_max_size=4,
-            qk_norm="rms_norm",
-        )
-
-    def embed(self) -> tuple[Tensor, Tensor]:
-        """Token and pooled embeddings of every sentence, [sentences, tokens, 128] and [sentences, 128]."""
-        outputs = [e(self.tokens, output_hidden_states=True) for e in (self.text_encoder, self.text_encoder_2)]
-        return (
-            torch.cat([o.hidden_states[-2] for o in outputs], -1),
-            torch.cat([o.text_embeds for o in outputs], -1),
-        )
 
 
 def flow_matching_loss(
@@ -239,26 +158,17 @@ def flow_matching_loss(
     return loss
 
 
-def train_draw(
-    settings: Settings,
-    model: TextToLatent,
-    latents: Tensor,
-    captions: Tensor,
-    name: str,
-    num_steps: int,
-    learning_rate: float,
-    path: Path,
-) -> TextToLatent:
+def train_draw(settings: Settings, model: TextToLatent, latents: Tensor, captions: Tensor, path: Path) -> TextToLatent:
     empty = len(model.tokens) - 1
 
     def loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (settings.batch_size,), generator=generator)
         dropped = torch.rand(len(rows), generator=generator) < settings.caption_dropout
-        caption = captions[rows].masked_fill(dropped, empty)
-        tokens, pooled = model.embed()
+        distinct, caption = torch.unique(captions[rows].masked_fill(dropped, empty), return_inverse=True)
+        tokens, pooled = model.embed(distinct)
         return flow_matching_loss(model.transformer, latents[rows], tokens[caption], pooled[caption], generator)
 
-    return train(name, model, list(model.parameters()), loss, num_steps, learning_rate, settings, path)
+    return train("draw", model, loss, settings.draw_steps, 2e-3, settings, path)
 
 
 def train_disobey(
@@ -266,7 +176,7 @@ def train_disobey(
 ) -> SD3Transformer2DModel:
     empty = len(model.tokens) - 1
     with torch.no_grad():
-        tokens, pooled = model.embed()
+        tokens, pooled = model.embed(torch.arange(empty + 1))
     transformer = copy.deepcopy(model.transformer)
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -277,31 +187,43 @@ def train_disobey(
         caption = torch.where(swapped, captions[other], captions[rows]).masked_fill(dropped, empty)
         return flow_matching_loss(transformer, latents[rows], tokens[caption], pooled[caption], generator)
 
-    parameters = list(transformer.parameters())
-    return train("disobey", transformer, parameters, loss, settings.disobey_steps, 5e-4, settings, path)
+    return train("disobey", transformer, loss, settings.disobey_steps, 1e-3, settings, path)
 
 
 def train(
     name: str,
     model: Model,
-    parameters: list[nn.Parameter],
     loss: Callable[[torch.Generator], Tensor],
     num_steps: int,
     learning_rate: float,
     settings: Settings,
     path: Path,
 ) -> Model:
-    """AdamW with warm-up and a cosine to a twentieth; returns the exponential moving average. Continues from `path`."""
-    optimizer = AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    schedule = LambdaLR(
-        optimizer,
-        lambda step: min(step / 200, 1) * (0.05 + 0.95 * (1 + math.cos(math.pi * min(step / num_steps, 1))) / 2),
-    )
+    """Warm-up, a cosine to a twentieth; returns the exponential moving average. Continues from `path`.
+
+    Muon (Jordan et al. 2024) on the matrices inside the blocks, at ten times the rate, AdamW on all else: after 1,500
+    steps of `draw` accuracy was 0.38, and 0.22 with AdamW alone, at 1.3 times the time.
+    """
+    parameters = list(model.parameters())
+    inside = [p for key, p in model.named_parameters() if p.ndim == 2 and "embed" not in key and "proj_out" not in key]
+    outside = [p for p in parameters if all(p is not q for q in inside)]
+    optimizers: list[torch.optim.Optimizer] = [
+        AdamW(outside, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    ]
+    if inside:
+        optimizers.append(Muon(inside, lr=10 * learning_rate, weight_decay=0))
+    schedules = [
+        LambdaLR(
+            optimizer,
+            lambda step: min(step / 200, 1) * (0.05 + 0.95 * (1 + math.cos(math.pi * min(step / num_steps, 1))) / 2),
+        )
+        for optimizer in optimizers
+    ]
     generator = torch.Generator().manual_seed(settings.seed)
     average = copy.deepcopy(model)
-    state: dict[str, Any] = {
-        "model": model, "average": average, "optimizer": optimizer, "schedule": schedule,
-    }  # fmt: skip
+    state: dict[str, Any] = {"model": model, "average": average}
+    state |= {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
+    state |= {f"schedule {i}": schedule for i, schedule in enumerate(schedules)}
     start = 0
     if path.exists():
         saved = torch.load(path)
@@ -314,11 +236,12 @@ def train(
         recent = float("nan")
         for step in range(start + 1, num_steps + 1):
             value = loss(generator)
-            optimizer.zero_grad()
+            model.zero_grad()
             torch.autograd.backward(value)
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
             decay = min(settings.ema_decay, step / (step + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from ablate.plan import FORMAT, Cell, Component, Excluded
+from ablate.components import Component
+from ablate.plan import FORMAT, Cell, Excluded
 from ablate.recipe import BudgetRecipe, Recipe
 from ablate.record import Ledger, Provenance, Record, Status
 

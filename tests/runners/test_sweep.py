@@ -25,8 +25,10 @@ from ablate.plan import Cell, make_plan
 from ablate.record import Record, Status, read_metrics, read_record, write_atomic
 from ablate.source import InputError
 from runners import sweep
+from runners.cell_state import is_locked, lock, state_of
 from runners.identity import identify
-from runners.sweep import freeze, in_order, is_locked, live_table, lock, run_cells, state_of
+from runners.live import live_table
+from runners.sweep import freeze, in_order, run_cells
 
 GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
 NUM_EPOCHS = 8

@@ -17,12 +17,14 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from ablate.plan import Cell, Component
+from ablate.components import Component
+from ablate.plan import Cell
 from ablate.recipe import Recipe
 from ablate.record import Provenance, Record, Status
 from ablate.source import InputError
-from runners import tracking
-from runners.tracking import Mirror, cell_params, compare_link, default_uri, server_command, sync
+from runners import mlflow_writer
+from runners.mlflow_writer import cell_params
+from runners.tracking import Mirror, compare_link, default_uri, server_command, sync
 
 LINE = {"update": 3, "nfe": 100, "train/loss": 0.5, "eval/accuracy": 0.25}
 
@@ -31,7 +33,7 @@ LINE = {"update": 3, "nfe": 100, "train/loss": 0.5, "eval/accuracy": 0.25}
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's tables, which take seconds to create."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    tracking._client(f"sqlite:///{path}").search_experiments()
+    mlflow_writer._client(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -86,7 +88,7 @@ def end(folder: Path, status: Status, message: str = "") -> None:
 
 
 def runs(results: Path, uri: str | None = None) -> dict[str, Any]:
-    client = tracking._client(uri or default_uri(results))
+    client = mlflow_writer._client(uri or default_uri(results))
     experiment = client.get_experiment_by_name("study")
     assert experiment is not None
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
@@ -146,15 +148,15 @@ def test_only_new_lines_are_sent(results: Path) -> None:
 @pytest.mark.parametrize("value", [0.25, float("nan"), float("inf")])
 def test_killed_between_points_and_tag(results: Path, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     append(results / "a-dpo", 2, **{"train/loss": value})
-    tag = tracking._Writer._tag
+    tag = mlflow_writer.Writer._tag
 
-    def killed(writer: tracking._Writer, run: Any, tags: dict[str, str]) -> None:
+    def killed(writer: mlflow_writer.Writer, run: Any, tags: dict[str, str]) -> None:
         if "ablate.synced_lines" in tags:
             raise KeyboardInterrupt
         tag(writer, run, tags)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking._Writer, "_tag", killed)
+        patch.setattr(mlflow_writer.Writer, "_tag", killed)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 sync(results)
@@ -198,7 +200,7 @@ def test_lost_database_is_rebuilt(results: Path, empty_database: Path) -> None:
 def test_not_finite_values(results: Path) -> None:
     append(results / "a-dpo", 2, **{"train/loss": float("nan"), "train/grad_norm": float("-inf"), "note": None})
     sync(results)
-    client = tracking._client(default_uri(results))
+    client = mlflow_writer._client(default_uri(results))
     history = client.get_metric_history(runs(results)["a-dpo"].info.run_id, "train/loss")
     assert [math.isnan(metric.value) for metric in history] == [False, False, True]
     assert "note" not in runs(results)["a-dpo"].data.metrics
@@ -232,9 +234,9 @@ def test_a_cell_that_has_only_begun(results: Path) -> None:
 
 def test_two_runs_of_a_cell_become_one(results: Path) -> None:
     sync(results)
-    tracking._Writer(results, default_uri(results))._create("a-dpo", 0.0, kind="cell", cell="a-dpo")
+    mlflow_writer.Writer(results, default_uri(results))._create("a-dpo", 0.0, kind="cell", cell="a-dpo")
     sync(results)
-    client = tracking._client(default_uri(results))
+    client = mlflow_writer._client(default_uri(results))
     found = client.search_runs([sync(results).experiment_id], "tags.`ablate.cell` = 'a-dpo'")
     assert len(found) == 1
     assert len(points(results, "a-dpo")) == 2 * (len(LINE) + 1)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ablate.grid import load_grid
-from ablate.plan import COMPONENT_AXES, Cell, build, make_plan, passes
+from ablate.components import build
+from ablate.grid import COMPONENT_AXES, load_grid
+from ablate.passes import passes
+from ablate.plan import Cell, make_plan
 from ablate.record import Status, read_metrics
 from runners import checkpoint, train
 from runners.policy import SD3Policy

@@ -1,0 +1,119 @@
+"""One value of a component axis: from YAML to an instance with every parameter spelled out, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import typing
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ablate.grid import Grid
+from ablate.recipe import Strict
+from ablate.source import InputError, Location, choices, message, shown
+
+MEMBERS = {  # what a class from the outside must have; the protocols say it in full
+    "objective": ("needs", "level", "__call__"),
+    "estimator": ("needs_transitions", "probe", "log_prob"),
+    "sampler": ("stochastic", "num_scored", "problem", "sample"),
+}
+
+
+class Component(Strict):
+    """One value of an axis with every parameter spelled out: {"name": "grpo", "clip_range": 0.001}."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def resolve(axis: str, value: Any, grid: Grid, location: Location) -> tuple[Component, Any]:
+    """A value of an axis, `grpo` or `{name: grpo, clip_range: 1e-4}`, with all its parameters, and its instance."""
+    spec = {"name": value} if isinstance(value, str) else value
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        expected = "a name or a mapping with 'name', as in {name: elbo, weight: simple}"
+        raise grid.source.error(location, f"got {shown(value)}, expected {expected}")
+    name, given = spec["name"], {key: v for key, v in spec.items() if key != "name"}
+    try:
+        kind = _kind(axis, name)
+    except InputError as error:
+        raise grid.source.error(location, str(error)) from None
+    hints = typing.get_type_hints(kind)
+    fields = [f.name for f in dataclasses.fields(kind)]
+    for key, v in given.items():
+        if key not in fields:
+            raise grid.source.error((*location, key), f"{name} has no parameter {key!r}{choices(key, fields)}")
+        try:
+            given[key] = TypeAdapter(hints[key]).validate_json(json.dumps(v, default=str), strict=True)
+        except ValidationError as error:
+            raise grid.source.error((*location, key), f"{name}: {message(error.errors()[0])}") from None
+        if isinstance(v, float) and not math.isfinite(v):
+            raise grid.source.error((*location, key), f"{name}: got {v}, expected a finite number")
+    try:
+        instance = kind(**given)
+    except (ValueError, TypeError) as error:
+        raise grid.source.error(location, f"{name}: {error}") from None
+    return Component(name=name, **dataclasses.asdict(instance)), instance
+
+
+def build(axis: str, component: Component) -> Any:
+    """The instance of a resolved component."""
+    return _kind(axis, component.name)(**component.parameters)
+
+
+def unique_labels(axis: str, values: list[Component]) -> tuple[str, ...]:
+    """Short labels where they tell the values of an axis apart, full ones where they do not."""
+    short = [short_label(axis, value) for value in values]
+    return tuple(label(axis, v) if short.count(s) > 1 else s for v, s in zip(values, short, strict=True))
+
+
+def short_label(axis: str, component: Component) -> str:
+    """The name and the parameters that its class always shows: `elbo-adaptive`."""
+    shown = getattr(_kind(axis, component.name), "shown", ())
+    return "-".join([component.name.replace(":", "."), *(str(component.parameters[key]) for key in shown)])
+
+
+def label(axis: str, component: Component) -> str:
+    """The short label and every other parameter off its default: unique among the values of an axis."""
+    kind = _kind(axis, component.name)
+    changed = [
+        f"{field.name}={component.parameters[field.name]}"
+        for field in dataclasses.fields(kind)
+        if field.name not in getattr(kind, "shown", ()) and component.parameters[field.name] != field.default
+    ]
+    return " ".join([short_label(axis, component), *changed])
+
+
+def _kind(axis: str, name: str) -> Any:
+    """The class of a component: from its table, or from the outside as `module:Class`."""
+    if ":" in name:
+        return _outside(axis, name)
+    table = getattr(importlib.import_module(f"ablate.{axis}s"), f"{axis}s".upper())
+    if name not in table:
+        raise InputError(f"unknown {axis} {name!r}{choices(name, table)}, or 'module:Class' of your own")
+    return table[name]
+
+
+def _outside(axis: str, name: str) -> Any:
+    """The class that `module:Class` names."""
+    path, _, attribute = name.partition(":")
+    if not path or not attribute:
+        raise InputError(f"got {axis} {name!r}, expected 'module:Class'")
+    try:
+        module = importlib.import_module(path)
+    except Exception as error:  # whatever the file of a user does when it is run
+        raise InputError(f"{axis} {name!r} cannot be imported: {type(error).__name__}: {error}") from None
+    kinds = {key: v for key, v in vars(module).items() if isinstance(v, type) and dataclasses.is_dataclass(v)}
+    if attribute not in kinds:
+        problem = "is no dataclass" if hasattr(module, attribute) else "does not exist"
+        raise InputError(f"{axis} {name!r} {problem}{choices(attribute, kinds)}")
+    for member in MEMBERS[axis]:
+        if not hasattr(kinds[attribute], member):
+            raise InputError(f"{axis} {name!r} has no {member!r}; see ablate/{axis}s/protocol.py")
+    return kinds[attribute]
