@@ -57,7 +57,7 @@ def planned(tmp_path: Path) -> Any:
     return plan
 
 
-GOLDEN = ["grpo-elbo-simple-sde-s0-034367bf", "grpo-trajectory-sde-s0-231b0edc"]
+GOLDEN = ["grpo-elbo-simple-sde-s0-dfcd1119", "grpo-trajectory-sde-s0-10612515"]
 
 
 def ids(plan: Plan) -> set[str]:

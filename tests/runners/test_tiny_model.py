@@ -93,7 +93,7 @@ def test_pretraining_continues_to_the_same_weights(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return model(torch.randn(4, 3, generator=generator)).square().mean()
 
-        return pretrain.train("test", model, list(model.parameters()), loss, num_steps, 1e-2, settings, path)
+        return pretrain.train("test", model, loss, num_steps, 1e-2, settings, path)
 
     whole = stage(tmp_path / "whole.pt", 700)
     with pytest.raises(KeyboardInterrupt):
