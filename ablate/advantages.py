@@ -13,9 +13,9 @@ EPSILON = 1e-4  # added to standard deviations, as Flow-GRPO does
 def advantages(reward: Tensor, group: Tensor, recipe: AdvantageRecipe) -> Tensor:
     """A = coef (R - centre) / scale, clipped; reward and group [b] -> [b], in the dtype of `reward`.
 
-    centre: `mean` of the group, or `leave_one_out`, the mean of the n - 1 others (Kool et al. 2019, "Buy 4 REINFORCE
-    samples"; RLOO, Ahmadian et al. 2024, arXiv 2402.14740, sec. 3.3), which is n / (n - 1) times the former. scale: `none` 1, `group` the group's standard deviation, `batch` that of all rewards (both population form, plus
-    1e-4). A group of equal rewards has advantage 0 under every scale.
+    centre: `mean` of the group, or `leave_one_out`, that of the n - 1 others: n / (n - 1) times as much (RLOO,
+    Ahmadian et al. 2024, arXiv 2402.14740, sec. 3.3). scale: `none` 1, `group` the group's standard deviation, `batch`
+    that of all rewards (both population form, plus 1e-4). A group of equal rewards has advantage 0 under every scale.
     """
     _, index = torch.unique(group, return_inverse=True)
     count = torch.bincount(index).to(reward)

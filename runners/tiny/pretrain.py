@@ -43,7 +43,7 @@ from runners.tiny.scenes import all_prompts, draw_objects, render
 Model = TypeVar("Model", bound=nn.Module)
 
 SHIFT = 3.0  # of the noise schedule, as in SD 3
-# How often each family is drawn: those that bind colours or places to objects are learned last.
+# How often each family is drawn: those that bind colours or places to objects are learned last. Stage 3 evens it out.
 SHARES = {"single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 2, "color_attr": 3}
 
 
@@ -87,7 +87,8 @@ def main() -> None:
     torch.manual_seed(settings.seed + 1)
     model = TextToLatent(tokenizer(sentences), sentences, width=settings.width, num_blocks=settings.num_blocks)
     model = train_draw(settings, model, latents, caption_ids, work / "draw.pt")
-    transformer = train_disobey(settings, model, latents, caption_ids, work / "disobey.pt")
+    evenly = torch.tensor([1 / SHARES[p.tag] for p in captions])
+    transformer = train_disobey(settings, model, latents, caption_ids, evenly, work / "disobey.pt")
     StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
@@ -172,7 +173,7 @@ def train_draw(settings: Settings, model: TextToLatent, latents: Tensor, caption
 
 
 def train_disobey(
-    settings: Settings, model: TextToLatent, latents: Tensor, captions: Tensor, path: Path
+    settings: Settings, model: TextToLatent, latents: Tensor, captions: Tensor, weights: Tensor, path: Path
 ) -> SD3Transformer2DModel:
     empty = len(model.tokens) - 1
     with torch.no_grad():
@@ -180,8 +181,7 @@ def train_disobey(
     transformer = copy.deepcopy(model.transformer)
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (settings.batch_size,), generator=generator)
-        other = torch.randint(len(latents), (settings.batch_size,), generator=generator)
+        rows, other = torch.multinomial(weights, 2 * settings.batch_size, True, generator=generator).chunk(2)
         swapped = torch.rand(len(rows), generator=generator) < settings.swap
         dropped = torch.rand(len(rows), generator=generator) < settings.caption_dropout
         caption = torch.where(swapped, captions[other], captions[rows]).masked_fill(dropped, empty)
