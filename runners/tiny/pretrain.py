@@ -55,7 +55,7 @@ class Settings:
     vae_steps: int = 1_000
     draw_steps: int = 10_000
     disobey_steps: int = 1_500
-    swap: float = 0.6  # share of captions exchanged in stage 3
+    swap: float = 0.5  # share of captions exchanged in stage 3
     caption_dropout: float = 0.1  # the empty caption of classifier-free guidance
     width: int = 96
     num_blocks: int = 4
