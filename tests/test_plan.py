@@ -289,7 +289,8 @@ def test_long_labels_break_between_parameters_and_lose_nothing(planned: Any) -> 
 
 def test_a_grid_can_leave_combinations_out_with_a_reason(tmp_path: Path) -> None:
     plan = make_plan(load_grid(GRIDS / "quickstart.yaml"))
-    assert [(c.estimator, c.sampler) for c in plan.cells] == [("elbo-adaptive", "ode"), ("trajectory", "sde")]
+    combinations = dict.fromkeys((c.estimator, c.sampler) for c in plan.cells)
+    assert list(combinations) == [("elbo-adaptive", "ode"), ("trajectory", "sde")]
     assert [(e.estimator, e.sampler) for e in plan.excluded] == [("elbo-adaptive", "sde"), ("trajectory", "ode")]
     assert "to keep it short" in plan.excluded[0].reason
 
