@@ -42,11 +42,11 @@ def evaluate(run: Run) -> dict[str, float]:
 def generate(
     policy: Policy, texts: Sequence[str], recipe: EvaluationRecipe, sigmas: Tensor, batch_size: int
 ) -> NDArray[np.uint8]:
-    """One image [h, w, 3] per text by Euler steps; text i always starts from the same noise."""
+    """One image [h, w, 3] per text by Euler steps; text i of a split always starts from the same noise."""
     conditioning = policy.encode(texts)
     images = []
     for rows in batches(len(texts), batch_size):
-        own = streams(recipe.seed, "evaluation", samples=range(rows.start, rows.stop))
+        own = streams(recipe.seed, recipe.split, samples=range(rows.start, rows.stop))
         noise = own.normal(policy.latent_shape, torch.empty((), device=policy.device))
         field = policy.field(conditioning.rows(rows), recipe.guidance_scale)
         images.append(policy.decode(ODE().sample(field, noise, sigmas=sigmas, epoch=0, streams=own).x0))
