@@ -61,7 +61,7 @@ def legend_handles(looks: Mapping[str, Look], strands: pd.DataFrame, *, band: bo
     ]
     handles.append(Line2D([], [], color=MUTED, linewidth=1.1, linestyle=(0, (4, 3)), label="base model"))
     if band:
-        handles.append(Patch(color=MUTED, alpha=0.25, linewidth=0, label="95 % interval over seeds"))
+        handles.append(Patch(color=MUTED, alpha=0.25, linewidth=0, label="interval over seeds"))
     marks = {"x" if status in _ENDS else "o" for status in strands["status"]}
     for marker, label in (("x", "failed or diverged here"), ("o", "not finished")):
         if marker in marks:

@@ -78,8 +78,9 @@ def overview(results: Results, table: pd.DataFrame, metric: str, unit: Unit) -> 
 
 
 def _subtitle(results: Results, shown: pd.DataFrame, choice: str) -> str:
-    many = shown["n"].max() > 1
-    seeds = "line: mean over seeds, band: 95 % bootstrap interval" if many else "one finished seed each: no interval"
+    most = shown["n"].max()
+    band = f"line: mean, band: {effects.interval_name(most)}"
+    seeds = band if most > 1 else "one finished seed each: no interval"
     if not shown["n"].any():
         seeds = "no cell has finished yet"
     return "\n".join(part for part in (choice, f"grid {results.grid}; {seeds}") if part)

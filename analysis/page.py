@@ -34,9 +34,10 @@ def page(results: Results, pictures: list[tuple[str, str]], shown: pd.DataFrame,
     parts += [_figure(name, caption) for name, caption in pictures]
     parts += [_samples(results, out), "<h2>Table</h2>", _table(shown)]
     parts.append(
-        '<p class="note">Brackets: 95 % bootstrap interval of the mean over the n finished seeds. It covers the seeds, '
-        "not the choice of held-out prompts. Gain: last evaluation minus epoch 0 of the same cell, same prompts and "
-        'noise. The same table: <a href="table.csv">CSV</a>, <a href="table.md">Markdown</a>, '
+        '<p class="note">Brackets: 95 % bootstrap interval of the mean over the n finished seeds; with 2 or 3 seeds it '
+        "is no more than their range. It covers the seeds, not the choice of held-out prompts. Gain: last evaluation "
+        "minus epoch 0 of the same cell, same prompts and noise. The same table: "
+        '<a href="table.csv">CSV</a>, <a href="table.md">Markdown</a>, '
         '<a href="table.tex">LaTeX</a>.</p>'
     )
     parts += [_unfinished(results), _excluded(results), _cost(results)]
