@@ -28,7 +28,7 @@ class Exclusion(Strict):
     def covers(self, labels: Mapping[str, str]) -> bool:
         """Whether a combination, by label or by the name a label starts with, is left out."""
         named = {axis: value for axis in COMPONENT_AXES if (value := getattr(self, axis)) is not None}
-        return all(labels[axis] == value or labels[axis].split("-")[0] == value for axis, value in named.items())
+        return all(value in (labels[axis], re.split("[- ]", labels[axis])[0]) for axis, value in named.items())
 
 
 class GridFile(Strict):

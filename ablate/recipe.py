@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
@@ -25,8 +26,9 @@ class ModelRecipe(Strict):
     """`tiny` (the embedded pipeline), a folder written by `save_pretrained`, or a hub id."""
     revision: str | None = None
     """Commit or tag of the hub repository."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen weights; trained weights and log-probs are float32."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights; trained weights and log-probs are float32. Not float16: without loss scaling, gradients
+    of a mean over 65,536 dimensions round to zero."""
     lora_rank: Count | None = None
     """Rank of a LoRA on the attention projections; null trains all weights of the transformer."""
     lora_alpha: Positive = 64
@@ -92,7 +94,7 @@ class UpdateRecipe(Strict):
     micro_batch_size: Count = 32
     """Network inputs (samples x points) per backward; changes memory and speed, not the result."""
     learning_rate: Positive = 3e-4
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     epsilon: Positive = 1e-8
     weight_decay: NotNegative = 1e-4
     max_grad_norm: Positive = 1.0
@@ -108,7 +110,7 @@ class EvaluationRecipe(Strict):
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
     seed: int = 0
     """Of the fixed noise, one per prompt: cells and epochs are paired."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    ema_decay: Share = 0.9
     """Evaluated weights are an average over updates with decay min(this, (1 + t) / (10 + t)); 0 takes the current."""
 
 

@@ -45,13 +45,13 @@ def live_table(
     console: Console,
     results: Path,
     cells: Sequence[Cell],
-    since: Mapping[str, float] | None = None,
+    starts: Mapping[str, tuple[float, float]] | None = None,
     rows: int = 30,
 ) -> Group:
     """Cells with epoch, reward, held-out accuracy, device-hours and remaining time; the unfinished ones first.
 
-    `since`: time.monotonic() at the start of the cells that run here. A narrow console loses columns, the least
-    important first, and never a part of a word.
+    `starts`: of the cells that run here, time.monotonic() and the spent share of the budget at their start. A narrow
+    console loses columns, the least important first, and never a part of a word.
     """
     states = [state_of(results, cell) for cell in cells]
     rank = {"running": 0, "failed": 1, "diverged": 1, "interrupted": 2, "done": 3, "waiting": 4}
@@ -64,7 +64,7 @@ def live_table(
         "held-out": [_held_out(state) for state in listed],
         "hours": [f"{state.device_hours:.3f}" if state.device_hours else "" for state in listed],
         "": [ProgressBar(total=1, completed=state.fraction, width=12) for state in listed],
-        "left": [_left(state, (since or {}).get(state.cell.id)) for state in listed],
+        "left": [_left(state, (starts or {}).get(state.cell.id)) for state in listed],
     }
     dropped = ["", "reward", "hours", "left"]
     unbounded = console.options.update(max_width=1000)
@@ -95,8 +95,8 @@ def _held_out(state: CellState) -> str:
     return f"{state.base_accuracy:.3f} → {state.accuracy:.3f}"
 
 
-def _left(state: CellState, since: float | None) -> str:
-    if state.status != "running" or since is None or state.fraction <= 0:
+def _left(state: CellState, start: tuple[float, float] | None) -> str:
+    if state.status != "running" or start is None or state.fraction <= start[1]:
         return ""
-    seconds = (time.monotonic() - since) * (1 - state.fraction) / state.fraction
+    seconds = (time.monotonic() - start[0]) * (1 - state.fraction) / (state.fraction - start[1])
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"

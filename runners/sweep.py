@@ -82,7 +82,7 @@ class _Running:
     folder: Path
     cell: Cell
     process: subprocess.Popen[bytes]
-    since: float  # time.monotonic() at its start
+    start: tuple[float, float]  # time.monotonic() and the share of the budget that was spent
 
 
 def _finished(folder: Path) -> bool:
@@ -92,6 +92,7 @@ def _finished(folder: Path) -> bool:
 
 def _start(folder: Path, cell: Cell, workers: int) -> _Running:
     (folder / "record.json").unlink(missing_ok=True)
+    fraction = state_of(folder.parent, cell).fraction
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
     with (folder / "log.txt").open("ab") as log:
@@ -103,7 +104,7 @@ def _start(folder: Path, cell: Cell, workers: int) -> _Running:
             env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **quiet},
             start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on
         )
-    return _Running(folder=folder, cell=cell, process=process, since=time.monotonic())
+    return _Running(folder=folder, cell=cell, process=process, start=(time.monotonic(), fraction))
 
 
 def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
@@ -128,8 +129,8 @@ def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
         console.print(Text(f"{folder.name} {record.status}: {record.message} (see {folder}/)", style="red"))
 
 
-def _starts(running: Mapping[str, _Running]) -> dict[str, float]:
-    return {name: cell.since for name, cell in running.items()}
+def _starts(running: Mapping[str, _Running]) -> dict[str, tuple[float, float]]:
+    return {name: cell.start for name, cell in running.items()}
 
 
 def _stop(running: dict[str, _Running], console: Console) -> None:

@@ -287,6 +287,12 @@ def test_long_labels_break_between_parameters_and_lose_nothing(planned: Any) -> 
     assert "1 seed." in text
 
 
+def test_an_exclusion_by_name_covers_every_value_of_that_name(planned: Any) -> None:
+    exclude = "{}\nexclude: [{objective: grpo, reason: x}]"
+    plan = planned(objective="[grpo, {name: grpo, clip_range: 0.2}, epg]", override=exclude)
+    assert {cell.objective for cell in plan.cells} == {"epg"}
+
+
 def test_a_grid_can_leave_combinations_out_with_a_reason(tmp_path: Path) -> None:
     plan = make_plan(load_grid(GRIDS / "quickstart.yaml"))
     combinations = dict.fromkeys((c.estimator, c.sampler) for c in plan.cells)

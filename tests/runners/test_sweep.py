@@ -24,8 +24,8 @@ from ablate.grid import load_grid
 from ablate.plan import Cell, make_plan
 from ablate.record import Record, Status, read_metrics, read_record, write_atomic
 from ablate.source import InputError
-from runners import sweep
-from runners.cell_state import is_locked, lock, state_of
+from runners import live, sweep
+from runners.cell_state import CellState, is_locked, lock, state_of
 from runners.identity import identify
 from runners.live import live_table
 from runners.sweep import freeze, in_order, run_cells
@@ -433,3 +433,11 @@ def test_a_plan_frozen_again_leaves_cells_alone(folder: Path) -> None:
     assert path.stat().st_mtime_ns == before
     assert (folder / "grid.yaml").read_text().endswith("# edited\n")
     assert len(list(folder.glob("*/cell.json"))) == len(PLAN.cells)
+
+
+def test_the_time_left_counts_from_this_start_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed at half of the budget, 10 seconds for a tenth of it: forty more, whatever the first half took."""
+    monkeypatch.setattr(live.time, "monotonic", lambda: 110.0)
+    state = CellState(cell=FIRST, status="running", fraction=0.6)
+    assert live._left(state, (100.0, 0.5)) == "0:40"
+    assert live._left(state, (100.0, 0.6)) == ""
