@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from ablate.flow import diffusers_sigmas
 from ablate.recipe import EvaluationRecipe
+from ablate.record import write_atomic
 from ablate.samplers.ode import ODE
 from ablate.seeding import streams
 from runners.policy import Policy
 from runners.prompts import Prompt
 from runners.rewards import RewardOutput
 from runners.run import Run
+
+NUM_PICTURED = 24  # images that are kept, in rows of six, with what the reward said of them
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -31,7 +35,10 @@ def evaluate(run: Run) -> dict[str, float]:
         scores = run.reward(images, prompts)
     (run.folder / "samples").mkdir(exist_ok=True)
     picture = "after" if run.progress.epoch else "before"
-    contact_sheet(images[:24]).save(run.folder / "samples" / f"{picture}.png")
+    contact_sheet(images[:NUM_PICTURED]).save(run.folder / "samples" / f"{picture}.png")
+    judged = zip([p.text for p in prompts], scores.score.tolist(), scores.reasons, strict=False)
+    lines = [{"prompt": text, "score": score, "reason": why} for text, score, why in judged][:NUM_PICTURED]
+    write_atomic(run.folder / "samples" / f"{picture}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     found = means("eval", scores, prompts)
     target = run.recipe.budget.target
     run.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target

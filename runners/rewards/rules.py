@@ -54,7 +54,10 @@ def relations(a: Detection, b: Detection) -> set[str]:
 
 
 def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
-    """Whether the detections fulfil the prompt. Objects that no requirement names are ignored, as in GenEval."""
+    """Whether the detections fulfil the prompt. Objects that no requirement names are ignored, as in GenEval.
+
+    A violated `exclude` makes an image inaccurate and leaves its score alone, as in GenEval and its training reward.
+    """
     terms: list[float] = []
     reasons: list[str] = []
     matched: list[list[Detection] | None] = []
@@ -85,5 +88,9 @@ def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
             else:
                 reasons.append(f"expected {wanted} {relation} {prompt.include[target].cls}")
                 terms.append(0.0)
+    for unwanted in prompt.exclude:
+        num_found = sum(d.cls == unwanted.cls and unwanted.color in (None, d.color) for d in detections)
+        if num_found >= unwanted.count:
+            reasons.append(f"expected {unwanted.cls}<{unwanted.count}, found {num_found}")
     score = sum(terms) / len(terms) if terms else 0.0
     return Verdict(accurate=bool(terms) and not reasons, score=score, reasons=tuple(reasons))

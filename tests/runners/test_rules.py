@@ -158,3 +158,10 @@ def test_the_order_of_detections_does_not_matter(detections: list[Detection], wa
     random.shuffle(detections)  # type: ignore[attr-defined]
     after = judge(detections, wanted)
     assert (after.accurate, after.score) == (before.accurate, before.score)
+
+
+def test_what_a_prompt_excludes_makes_it_inaccurate_and_costs_no_score() -> None:
+    one_cat = Prompt(text="", include=(cats(1),), exclude=(Requirement(cls="dog", count=2),))
+    assert judge([at("cat"), at("dog")], one_cat).accurate
+    verdict = judge([at("cat"), at("dog"), at("dog")], one_cat)
+    assert (verdict.accurate, verdict.score, verdict.reasons) == (False, 1.0, ("expected dog<2, found 2",))
