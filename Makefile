@@ -17,7 +17,7 @@ test: $(VENV)/installed
 	$(RUN)/mypy
 	$(RUN)/python -m pytest
 
-# pip and not uv: torch is pinned first, so that nothing pulls a CUDA build onto a machine without a GPU.
+# pip and not uv, and torch first, with its pin: a CPU build that the index or a wheel folder offers is then taken.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --constraint constraints.txt torch

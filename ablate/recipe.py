@@ -1,6 +1,6 @@
 """Everything a cell holds fixed. A preset is a YAML file in grids/recipes/; every field has one meaning.
 
-Torch-free: plans and reports read recipes on machines without it.
+Torch-free: reports read recipes on machines without it.
 """
 
 from __future__ import annotations

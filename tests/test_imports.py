@@ -47,7 +47,7 @@ def test_all_modules_are_looked_at() -> None:
     assert "ablate.plan.make_plan" in imported("ablate.cli")
 
 
-def test_plans_records_and_reports_need_no_torch() -> None:
+def test_plans_records_and_reports_import_no_torch() -> None:
     code = f"import importlib, sys; [importlib.import_module(m) for m in {TORCH_FREE}]; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert ended.stdout == "False\n"
