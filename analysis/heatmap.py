@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,9 @@ def heatmap(results: Results, table: pd.DataFrame, metric: str) -> Figure:
             )  # fmt: skip
     handles = [Patch(facecolor=PALE, edgecolor="#d0d0d0", label="no seed finished")] if (table["n"] == 0).any() else []
     if len(results.excluded):
-        handles.append(Patch(**HATCH, label="excluded: " + "; ".join(dict.fromkeys(results.excluded["reason"]))))
+        reasons = "excluded: " + ";\n".join(dict.fromkeys(results.excluded["reason"]))
+        columns_wide = int(14 * figure.get_figwidth())  # characters of the legend's size
+        handles.append(Patch(**HATCH, label="\n".join(fill(line, columns_wide) for line in reasons.split("\n"))))
     if handles:
         figure.legend(handles=handles, loc="outside lower left", ncols=1, fontsize=8)
     return figure

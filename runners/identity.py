@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from runners.rewards import REWARDS
 def identify(recipe: Recipe) -> dict[str, str]:
     """Names of the reward's implementation, the model's weights and prompt files; part of every cell id.
 
-    Raises FieldError for a reward that does not exist or prompt files that cannot be used.
+    Raises FieldError for a reward or a local model that does not exist, or prompt files that cannot be used.
     """
     if recipe.reward not in REWARDS:
         raise FieldError("reward", f"unknown reward {recipe.reward!r}{choices(recipe.reward, REWARDS)}")
@@ -50,6 +51,9 @@ def model_path(path: str) -> str:
 
 
 def _model(path: str) -> str:
+    if not Path(model_path(path)).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        expected = "expected `tiny`, a folder written by save_pretrained, or a hub id like owner/name"
+        raise FieldError("model.path", f"got {path!r}, {expected}{choices(path, ['tiny'])}")
     weights = Path(model_path(path)) / "transformer" / "diffusion_pytorch_model.safetensors"
     if not weights.exists():  # on the hub, where the recipe's revision identifies it
         return path

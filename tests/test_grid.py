@@ -116,7 +116,7 @@ IN_THE_GRID = {
         8,
         ["mean 'batch'?", "none, group"],
     ),
-    "short pair": ("seeds:", "  update.betas: [[0.9, 0.9], [1.0]]\nseeds:", 8, ["update.betas.1", "more values"]),
+    "short pair": ("seeds:", "  update.betas: [[0.9, 0.9], [0.5]]\nseeds:", 8, ["update.betas.1", "more values"]),
     "axis that does not divide": ("seeds:", "  rollout.num_groups: [3, 4]\nseeds:", 8, ["num_groups.1", "multiple of"]),
     "axis of unknown rewards": ("seeds:", "  reward: [scenes, sceens]\nseeds:", 8, ["'sceens'", "mean 'scenes'?"]),
     "axis that is overridden": ("seeds:", "  budget.epochs: [1]\nseeds:", 11, ["override.budget.epochs", "is an axis"]),
@@ -198,6 +198,8 @@ def test_a_recipe_needs_a_budget(grid: Path) -> None:
         ("update.updates_per_epoch", 5, ["num_groups = 24", "updates_per_epoch = 5"]),
         ("reward", "scens", ["'scens'", "did you mean 'scenes'?"]),
         ("prompts.train", "x.txt", ["x.txt: no such file", "built in: scenes"]),
+        ("model.path", "./my-modl", ["'./my-modl'", "expected `tiny`"]),
+        ("update.betas", [1.5, 0.9], ["got 1.5", "less than 1"]),
     ],
 )
 def test_a_mistake_in_a_setting_names_the_setting_and_no_file(
