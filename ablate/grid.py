@@ -25,10 +25,10 @@ class Exclusion(Strict):
     reason: str
     """Shown wherever excluded combinations are."""
 
-    def covers(self, labels: Mapping[str, str]) -> bool:
-        """Whether a combination, by label or by the name a label starts with, is left out."""
+    def covers(self, called: Mapping[str, tuple[str, str]]) -> bool:
+        """Whether a combination is left out; `called` has the label and the name of its component on each axis."""
         named = {axis: value for axis in COMPONENT_AXES if (value := getattr(self, axis)) is not None}
-        return all(value in (labels[axis], re.split("[- ]", labels[axis])[0]) for axis, value in named.items())
+        return all(value in called[axis] for axis, value in named.items())
 
 
 class GridFile(Strict):

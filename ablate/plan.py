@@ -90,9 +90,13 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
                 spelled = f"got {component.name!r} with the same parameters twice; two cells would be the same"
                 raise grid.source.error(("axes", axis, i), spelled)
     names = {axis: unique_labels(axis, [component for component, _ in values]) for axis, values in components.items()}
-    every = [dict(zip(COMPONENT_AXES, labels, strict=True)) for labels in itertools.product(*names.values())]
+    pairs = [
+        [(label, component.name) for label, (component, _) in zip(names[axis], components[axis], strict=True)]
+        for axis in COMPONENT_AXES
+    ]
+    every = [dict(zip(COMPONENT_AXES, called, strict=True)) for called in itertools.product(*pairs)]
     for i, exclusion in enumerate(grid.file.exclude):
-        if not any(exclusion.covers(labels) for labels in every):
+        if not any(exclusion.covers(called) for called in every):
             raise grid.source.error(("exclude", i), "fits no combination of the axes")
     recipe_axes = {name: values for name, values in axes.items() if name not in COMPONENT_AXES}
     cells, excluded = [], []
@@ -103,11 +107,12 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
             identities = dict(versions(recipe))
         except FieldError as error:
             raise grid.error(error.location, str(error), settings) from None
-        for combination, labels in zip(itertools.product(*components.values()), every, strict=True):
+        for combination, called in zip(itertools.product(*components.values()), every, strict=True):
+            labels = {axis: label for axis, (label, _) in called.items()}
             parts = {axis: component for axis, (component, _) in zip(COMPONENT_AXES, combination, strict=True)}
             _, estimator, sampler = (instance for _, instance in combination)
             reason = impossible(parts["estimator"].name, estimator, sampler, recipe)
-            reason = reason or next((e.reason for e in grid.file.exclude if e.covers(labels)), None)
+            reason = reason or next((e.reason for e in grid.file.exclude if e.covers(called)), None)
             if reason:
                 excluded.append(Excluded(**labels, axes=settings, reason=reason))
                 continue

@@ -53,9 +53,9 @@ def heatmap(results: Results, table: pd.DataFrame, metric: str) -> Figure:
             )  # fmt: skip
     handles = [Patch(facecolor=PALE, edgecolor="#d0d0d0", label="no seed finished")] if (table["n"] == 0).any() else []
     if len(results.excluded):
-        reasons = "excluded: " + ";\n".join(dict.fromkeys(results.excluded["reason"]))
-        columns_wide = int(14 * figure.get_figwidth())  # characters of the legend's size
-        handles.append(Patch(**HATCH, label="\n".join(fill(line, columns_wide) for line in reasons.split("\n"))))
+        width = int(14 * figure.get_figwidth())  # characters of the legend's size
+        reasons = [fill(reason, width) for reason in dict.fromkeys(results.excluded["reason"])]
+        handles.append(Patch(**HATCH, label="excluded: " + ";\n".join(reasons)))
     if handles:
         figure.legend(handles=handles, loc="outside lower left", ncols=1, fontsize=8)
     return figure

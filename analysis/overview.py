@@ -79,8 +79,7 @@ def overview(results: Results, table: pd.DataFrame, metric: str, unit: Unit) -> 
 
 def _subtitle(results: Results, shown: pd.DataFrame, choice: str) -> str:
     most = shown["n"].max()
-    band = f"line: mean, band: {effects.interval_name(most)}"
-    seeds = band if most > 1 else "one finished seed each: no interval"
+    seeds = f"line: mean, band: {effects.interval_name(most)}" if most > 1 else "one finished seed each: no interval"
     if not shown["n"].any():
         seeds = "no cell has finished yet"
     return "\n".join(part for part in (choice, f"grid {results.grid}; {seeds}") if part)

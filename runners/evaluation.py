@@ -36,9 +36,9 @@ def evaluate(run: Run) -> dict[str, float]:
     (run.folder / "samples").mkdir(exist_ok=True)
     picture = "after" if run.progress.epoch else "before"
     contact_sheet(images[:NUM_PICTURED]).save(run.folder / "samples" / f"{picture}.png")
-    judged = zip([p.text for p in prompts], scores.score.tolist(), scores.reasons, strict=False)
-    lines = [{"prompt": text, "score": score, "reason": why} for text, score, why in judged][:NUM_PICTURED]
-    write_atomic(run.folder / "samples" / f"{picture}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    pictured = zip(prompts[:NUM_PICTURED], scores.score, scores.reasons, strict=False)
+    lines = [json.dumps({"prompt": p.text, "score": float(score), "reason": why}) + "\n" for p, score, why in pictured]
+    write_atomic(run.folder / "samples" / f"{picture}.jsonl", "".join(lines))
     found = means("eval", scores, prompts)
     target = run.recipe.budget.target
     run.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target

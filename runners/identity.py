@@ -51,10 +51,11 @@ def model_path(path: str) -> str:
 
 
 def _model(path: str) -> str:
-    if not Path(model_path(path)).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+    folder = Path(model_path(path))
+    if not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         expected = "expected `tiny`, a folder written by save_pretrained, or a hub id like owner/name"
         raise FieldError("model.path", f"got {path!r}, {expected}{choices(path, ['tiny'])}")
-    weights = Path(model_path(path)) / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     if not weights.exists():  # on the hub, where the recipe's revision identifies it
         return path
     return _digest(weights)

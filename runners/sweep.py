@@ -12,11 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.text import Text
 
 from ablate.plan import Cell, Plan
@@ -48,7 +48,11 @@ def run_cells(results: Path, cells: Sequence[Cell], *, workers: int, console: Co
     asked to stop, by SIGINT or SIGTERM, once every running cell has saved itself."""
     todo = [cell for cell in in_order(cells) if not _finished(results / cell.id)]
     running: dict[str, _Running] = {}
-    with live(console, lambda: live_table(console, results, cells, _starts(running))) as refresh:
+
+    def table() -> Group:
+        return live_table(console, results, cells, {name: cell.start for name, cell in running.items()})
+
+    with live(console, table) as refresh:
         try:
             with _termination():
                 while todo or running:
@@ -127,10 +131,6 @@ def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
         write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
     if record.status in (Status.FAILED, Status.DIVERGED, Status.REWARD_UNAVAILABLE):
         console.print(Text(f"{folder.name} {record.status}: {record.message} (see {folder}/)", style="red"))
-
-
-def _starts(running: Mapping[str, _Running]) -> dict[str, tuple[float, float]]:
-    return {name: cell.start for name, cell in running.items()}
 
 
 def _stop(running: dict[str, _Running], console: Console) -> None:

@@ -293,6 +293,12 @@ def test_an_exclusion_by_name_covers_every_value_of_that_name(planned: Any) -> N
     assert {cell.objective for cell in plan.cells} == {"epg"}
 
 
+def test_an_exclusion_names_an_outside_component_as_the_axis_does(planned: Any) -> None:
+    exclude = "{}\nexclude: [{objective: 'ablate.objectives.epg:EPG', reason: x}]"
+    plan = planned(objective="[grpo, 'ablate.objectives.epg:EPG']", override=exclude)
+    assert {cell.objective for cell in plan.cells} == {"grpo"}
+
+
 def test_a_grid_can_leave_combinations_out_with_a_reason(tmp_path: Path) -> None:
     plan = make_plan(load_grid(GRIDS / "quickstart.yaml"))
     combinations = dict.fromkeys((c.estimator, c.sampler) for c in plan.cells)

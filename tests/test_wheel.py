@@ -38,18 +38,8 @@ def test_the_wheel_trains_and_reports_away_from_the_sources(tmp_path: Path) -> N
     small += ["evaluation.num_prompts=6", "evaluation.num_steps=2"]
     settings = [word for setting in small for word in ("--set", setting)]
     ablate = env / "bin" / "ablate"
-    run(
-        ablate,
-        "run",
-        "grids/quickstart.yaml",
-        "--no-tracking",
-        "--only",
-        "sampler=ode",
-        "--seeds",
-        "0",
-        *settings,
-        cwd=work,
-    )
+    one = ["--only", "sampler=ode", "--seeds", "0"]
+    run(ablate, "run", "grids/quickstart.yaml", "--no-tracking", *one, *settings, cwd=work)
     (record,) = work.glob("results/quickstart/*/record.json")
     assert json.loads(record.read_text())["status"] == "done"
     run(ablate, "report", "results/quickstart", cwd=work)
