@@ -11,26 +11,56 @@ EPSILON = 1e-4  # added to standard deviations, as Flow-GRPO does
 
 
 def advantages(reward: Tensor, group: Tensor, recipe: AdvantageRecipe) -> Tensor:
-    """A = coef (R - centre) / scale, clipped; reward and group [b] -> [b], in the dtype of `reward`.
+    """A = coef (R - centre) / scale, clipped; reward [b], or [b, r] of r rewards, and group [b] -> [b].
 
+    transform: `win_rate` replaces a reward by the share of its group that it beats (Pref-GRPO, Wang et al. 2025, arXiv
+    2508.20751). several: how r rewards become one: `sum`; `normalised`, each centred and scaled by itself before the
+    sum (GDPO, arXiv 2601.05242); `whitened`, each brought to mean 0 and deviation 1 over the batch before the sum.
     centre: `mean` of the group, or `leave_one_out`, that of the n - 1 others: n / (n - 1) times as much (RLOO,
     Ahmadian et al. 2024, arXiv 2402.14740, sec. 3.3). scale: `none` 1, `group` the group's standard deviation, `batch`
-    that of all rewards (both population form, plus 1e-4). A group of equal rewards has advantage 0 under every scale.
+    that of all rewards (both population form, plus 1e-4). whiten: the result is brought to mean 0 and deviation 1 over
+    the batch (GDPO's last step). A group of equal rewards has advantage 0 but for `whiten`, which shifts all alike.
     """
     _, index = torch.unique(group, return_inverse=True)
-    count = torch.bincount(index).to(reward)
+    each = reward[:, None] if reward.ndim == 1 else reward  # [b, r]
+    if recipe.transform == "win_rate":
+        each = win_rate(each, index)
+    if recipe.several == "whitened":
+        each = _whitened(each)
+    if recipe.several != "normalised":
+        each = each.sum(1, keepdim=True)
+    advantage = recipe.coef * _centred_and_scaled(each, index, recipe).sum(1)
+    if recipe.whiten:
+        advantage = _whitened(advantage)
+    return advantage if recipe.clip is None else advantage.clamp(-recipe.clip, recipe.clip)
+
+
+def win_rate(reward: Tensor, index: Tensor) -> Tensor:
+    """The share of the others of its group that a sample beats, ties counting half; [b, r] -> [b, r]."""
+    same = (index[:, None] == index[None]).to(reward)  # [b, b]
+    wins = torch.stack([((r[:, None] - r[None]).sign() * same).sum(1) for r in reward.T], 1)
+    others = same.sum(1, keepdim=True) - 1
+    return 0.5 + 0.5 * wins / others.clamp_min(1)
+
+
+def _centred_and_scaled(reward: Tensor, index: Tensor, recipe: AdvantageRecipe) -> Tensor:
+    count = torch.bincount(index).to(reward)[:, None]  # [groups, 1]
 
     def group_mean(values: Tensor) -> Tensor:
-        return (torch.zeros_like(count).index_add_(0, index, values) / count)[index]
+        sums = values.new_zeros(len(count), values.shape[1]).index_add_(0, index, values)
+        return (sums / count)[index]
 
-    lowest = torch.full_like(count, torch.inf).scatter_reduce_(0, index, reward, "amin")[index]
+    lowest = reward.new_full((len(count), reward.shape[1]), torch.inf)
+    lowest = lowest.scatter_reduce_(0, index[:, None].expand_as(reward), reward, "amin")[index]
     above = reward - lowest  # so that rounding of the mean gives equal rewards no advantage
     centred = above - group_mean(above)
     if recipe.scale == "group":
         centred = centred / (group_mean(centred**2).sqrt() + EPSILON)
     elif recipe.scale == "batch":
-        centred = centred / (reward.std(correction=0) + EPSILON)
-    if recipe.centre == "leave_one_out":
-        centred = centred * (count / (count - 1))[index]
-    scaled = recipe.coef * centred
-    return scaled if recipe.clip is None else scaled.clamp(-recipe.clip, recipe.clip)
+        centred = centred / (reward.std(0, correction=0) + EPSILON)
+    return centred * (count / (count - 1))[index] if recipe.centre == "leave_one_out" else centred
+
+
+def _whitened(values: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the batch, column by column."""
+    return (values - values.mean(0)) / (values.std(0, correction=0) + EPSILON)

@@ -17,8 +17,8 @@ from ablate.source import InputError, Location, choices, message, shown
 
 MEMBERS = {  # what a class from the outside must have; the protocols say it in full
     "objective": ("needs", "level", "__call__"),
-    "estimator": ("needs_transitions", "probe", "log_prob"),
-    "sampler": ("stochastic", "num_scored", "problem", "sample"),
+    "estimator": ("needs", "pool", "num_points", "probe", "log_prob"),
+    "sampler": ("leaves", "num_scored", "problem", "sample"),
 }
 
 

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,8 +111,8 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
         for combination, called in zip(itertools.product(*components.values()), every, strict=True):
             labels = {axis: label for axis, (label, _) in called.items()}
             parts = {axis: component for axis, (component, _) in zip(COMPONENT_AXES, combination, strict=True)}
-            _, estimator, sampler = (instance for _, instance in combination)
-            reason = impossible(parts["estimator"].name, estimator, sampler, recipe)
+            instances = {axis: instance for axis, (_, instance) in zip(COMPONENT_AXES, combination, strict=True)}
+            reason = impossible({axis: part.name for axis, part in parts.items()}, recipe=recipe, **instances)
             reason = reason or next((e.reason for e in grid.file.exclude if e.covers(called)), None)
             if reason:
                 excluded.append(Excluded(**labels, axes=settings, reason=reason))
@@ -122,14 +123,34 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
     return Plan(grid=grid.file.name, order=names, cells=tuple(cells), excluded=tuple(excluded))
 
 
-def impossible(name: str, estimator: Any, sampler: Any, recipe: Recipe) -> str | None:
-    """Why an estimator of this name and a sampler cannot be in one cell, in words; None if they can."""
-    if estimator.needs_transitions and not sampler.stochastic:
-        return f"{name} needs transition densities; this sampler is deterministic"
-    if estimator.needs_transitions and recipe.rollout.guidance_scale != recipe.update.guidance_scale:
-        return f"{name} scores the rollout's own steps, so rollout and update need the same guidance_scale"
-    problem: str | None = sampler.problem(recipe.rollout.num_steps)
-    return problem
+def impossible(names: Mapping[str, str], objective: Any, estimator: Any, sampler: Any, recipe: Recipe) -> str | None:
+    """Why the components of these names cannot be in one cell under a recipe, in words; None if they can."""
+    return next(filter(None, _problems(names, objective, estimator, sampler, recipe)), None)
+
+
+def _problems(
+    names: Mapping[str, str], objective: Any, estimator: Any, sampler: Any, recipe: Recipe
+) -> Iterator[str | None]:
+    o, e, s = (names[axis] for axis in COMPONENT_AXES)
+    on_steps = "transitions" in estimator.needs
+    if on_steps and "transitions" not in sampler.leaves:
+        yield f"{e} needs transition densities; this sampler is deterministic"
+    if "density" in estimator.needs - sampler.leaves:
+        yield f"{e} needs a density, and {s} was published with a distance: use estimator cps_distance"
+    if on_steps and recipe.rollout.guidance_scale != recipe.update.guidance_scale:
+        yield f"{e} scores the rollout's own steps, so rollout and update need the same guidance_scale"
+    yield sampler.problem(recipe.rollout.num_steps)
+    if "transitions" in objective.needs and not on_steps:
+        yield f"{o} needs the steps of a rollout, their mean and deviation, and {e} has none: use estimator trajectory"
+    if "target" in objective.needs and on_steps:
+        yield f"{o} regresses on velocities at noised final samples, and {e} has none: use estimator elbo"
+    if "velocity" in objective.needs and estimator.pool != "each":
+        yield f"{o} reads the velocity of each point, so {e} cannot pool them: set pool to each"
+    if recipe.kl.coef > 0 and recipe.kl.kind.endswith("gaussian_step") and not on_steps:
+        yield f"kl.kind {recipe.kl.kind} compares the Gaussians of a rollout's steps, and {e} has none: use velocity"
+    for path, wanted in getattr(objective, "demands", {}).items():
+        if (got := operator.attrgetter(path)(recipe)) != wanted:
+            yield f"{o} is defined by {path}: {wanted}, and the recipe has {got}"
 
 
 def _cell(

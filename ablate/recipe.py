@@ -56,29 +56,77 @@ class RolloutRecipe(Strict):
     """How the noise levels are spaced before the shift; see ablate/flow.py."""
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
     """Classifier-free guidance while sampling; 1 is none, at half the network calls."""
+    truncate_timesteps: bool = False
+    """Rolls out with int(1000 sigma) as the network's time, while updates take the exact one: a deviation of the
+    released code of arXiv 2602.04663 and DiffusionNFT, for fidelity alone."""
+    noise: Literal["independent", "group"] = "independent"
+    """group: all images of a prompt start from the same noise; what differs is the sampler's own noise."""
+    candidates: Count | None = None
+    """Images rolled out per prompt, of which the best and the worst group_size / 2 are trained on (the idea behind
+    Sol-RL); null: group_size, and all are."""
+    resample_rounds: Annotated[int, Field(ge=0)] = 0
+    """Further rounds of prompts, at most, until num_groups groups have unequal rewards: dynamic sampling of DAPO.
+    Groups of equal rewards fill up what is still missing."""
     batch_size: Count = 24
     """Images that go through the network at once; changes memory and speed, not the result."""
 
+    @model_validator(mode="after")
+    def _halves(self) -> RolloutRecipe:
+        if self.candidates is not None and (self.candidates < self.group_size or self.group_size % 2):
+            raise ValueError(
+                f"candidates = {self.candidates} must be at least group_size = {self.group_size}, and that even: "
+                f"half of a group are the best candidates, half the worst"
+            )
+        return self
+
 
 class AdvantageRecipe(Strict):
+    transform: Literal["none", "win_rate"] = "none"
+    """win_rate: a reward becomes the share of its group that it beats, ties counting half (Pref-GRPO)."""
+    several: Literal["sum", "normalised", "whitened"] = "sum"
+    """How several rewards become one: their weighted sum; the sum of advantages, each centred and scaled by itself
+    (GDPO); or the weighted sum of rewards brought to mean 0 and deviation 1 over the batch."""
     centre: Literal["mean", "leave_one_out"] = "mean"
     """What is subtracted from a reward: the mean of its group, or of the others in its group (RLOO)."""
     scale: Literal["none", "group", "batch"] = "none"
     """What the centred reward is divided by: nothing, or a standard deviation."""
     coef: Positive = 1.0
+    whiten: bool = False
+    """Brings the advantages to mean 0 and deviation 1 over the batch in the end (GDPO); undoes coef."""
     clip: Positive | None = None
     """Bound on the absolute advantage, after scaling."""
 
 
 class KLRecipe(Strict):
     coef: NotNegative = 0.0
-    """Weight of the squared velocity difference to the reference; 0 spares the reference's network calls."""
+    """Weight of the regulariser towards the reference; 0 spares the reference's network calls."""
+    kind: Literal["velocity", "path", "gaussian_step", "released_gaussian_step", "k1", "k2", "k3", "released_k3"] = (
+        "velocity"
+    )
+    """Which regulariser; see ablate/kl.py. The gaussian_step kinds need an estimator on transitions."""
 
 
 class OldPolicyRecipe(Strict):
-    decay: Literal["none", "slow", "late"] = "none"
-    """After each epoch old = d old + (1 - d) current. none: d = 0. slow: min(0.001 t, 0.5). late: 0 for 75 updates,
-    then min(0.0075 (t - 75), 0.999); t counts updates. Types 0, 1 and 2 of DiffusionNFT's `decay_type`."""
+    """After each epoch old = d old + (1 - d) current, d = min(rate max(t - start, 0), limit) after t updates."""
+
+    start: Annotated[int, Field(ge=0)] = 0
+    rate: NotNegative = 0.0
+    """0: the old policy is the current one of the epoch's beginning."""
+    limit: Share = 0.0
+
+    def decay(self, num_updates: int) -> float:
+        """d after so many updates."""
+        return min(self.rate * max(num_updates - self.start, 0), self.limit)
+
+    @property
+    def lags(self) -> bool:
+        """Whether the old policy ever differs from the one at the beginning of an epoch."""
+        return self.rate > 0 and self.limit > 0
+
+
+class ReferenceRecipe(Strict):
+    refresh_every: Count | None = None
+    """Updates after which the reference becomes a copy of the current policy; null: it is the base model for ever."""
 
 
 class UpdateRecipe(Strict):
@@ -86,9 +134,10 @@ class UpdateRecipe(Strict):
     """Optimizer steps per epoch, each on its own share of the groups."""
     num_points: Count | None = None
     """Evaluation points per sample, the same for every estimator; null: as many as its source uses."""
-    share_probe: Literal["no", "group"] = "no"
-    """group: all samples of a prompt are probed at the same levels and noise, whose part of the gradient then cancels
-    between them, as advantages of a group sum to zero. Objectives that compare samples always do."""
+    group_probe: Literal["independent", "shared", "stratified"] = "independent"
+    """shared: all samples of a prompt are probed at the same levels and noise, whose part of the gradient then cancels
+    between them, as advantages of a group sum to zero; objectives that compare samples always do. stratified: their
+    levels are spread evenly over each group, where the estimator's law of sigma is continuous."""
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
     """Classifier-free guidance of the velocity whose likelihood is estimated."""
     micro_batch_size: Count = 32
@@ -133,11 +182,13 @@ class BudgetRecipe(Strict):
 class Recipe(Strict):
     model: ModelRecipe = ModelRecipe()
     prompts: PromptsRecipe = PromptsRecipe()
-    reward: str = "scenes"
+    reward: str | dict[str, float] = "scenes"
+    """A name, or names with the weights of their sum."""
     rollout: RolloutRecipe = RolloutRecipe()
     advantage: AdvantageRecipe = AdvantageRecipe()
     kl: KLRecipe = KLRecipe()
     old_policy: OldPolicyRecipe = OldPolicyRecipe()
+    reference: ReferenceRecipe = ReferenceRecipe()
     update: UpdateRecipe = UpdateRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     budget: BudgetRecipe

@@ -10,6 +10,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+Batched = TypeVar("Batched")
+Needed = TypeVar("Needed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transitions:
@@ -22,22 +25,15 @@ class Transitions:
     next_x: Tensor  # [b, s, ...]
     velocity: Tensor  # [b, s, ...]  what the rollout policy said there
     sigma: Tensor  # [s]
+    next_sigma: Tensor  # [s]
     x_coef: Tensor  # [s]
     velocity_coef: Tensor  # [s]
     std: Tensor  # [s]
 
     def first(self, num_steps: int) -> Transitions:
         """The first so many of the steps."""
-        kept = slice(num_steps)
-        return Transitions(
-            x=self.x[:, kept],
-            next_x=self.next_x[:, kept],
-            velocity=self.velocity[:, kept],
-            sigma=self.sigma[kept],
-            x_coef=self.x_coef[kept],
-            velocity_coef=self.velocity_coef[kept],
-            std=self.std[kept],
-        )
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Transitions(**{name: v[:num_steps] if v.ndim == 1 else v[:, :num_steps] for name, v in parts.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +43,7 @@ class Rollout:
     x0: Tensor  # [b, ...]  clean latents
     sigmas: Tensor  # [t + 1]  decreasing, 1 = noise, 0 = data
     transitions: Transitions | None = None
+    latents: Tensor | None = None  # [b, t, ...]  what the network saw, for estimators that need it
 
 
 class Probe(Protocol):
@@ -71,34 +68,42 @@ class Probe(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an objective sees. A log-prob that it does not declare in `needs` is None."""
+    """What an objective sees. What it does not declare in `needs` is None, and is not computed for it."""
 
     log_prob: Tensor  # [b, k]  nats per latent dimension, differentiable
-    old_log_prob: Tensor | None  # [b, k]
-    reference_log_prob: Tensor | None  # [b, k]
+    old_log_prob: Tensor | None = None  # [b, k]  "old"
+    reference_log_prob: Tensor | None = None  # [b, k]  "reference"
     advantage: Tensor  # [b]
     group: Tensor  # [b]  samples with equal numbers share a prompt
+    reward: Tensor | None = None  # [b]  "reward"
+    velocity: Tensor | None = None  # [b, k, ...]  "velocity", differentiable
+    old_velocity: Tensor | None = None  # [b, k, ...]  "velocity" and "old"
+    reference_velocity: Tensor | None = None  # [b, k, ...]  "velocity" and "reference"
+    probe: Any = None  # "target": an ElboProbe; "transitions": a TrajectoryProbe
 
     def old(self) -> Tensor:
         """The rollout policy's log-prob, for an objective that declares `needs = {"old"}`."""
-        assert self.old_log_prob is not None
-        return self.old_log_prob
+        return needed(self.old_log_prob)
 
     def reference(self) -> Tensor:
         """The reference policy's log-prob, for an objective that declares `needs = {"reference"}`."""
-        assert self.reference_log_prob is not None
-        return self.reference_log_prob
+        return needed(self.reference_log_prob)
 
 
-Batched = TypeVar("Batched")
+def needed(value: Needed | None) -> Needed:
+    """A field of an evaluation that the objective has declared in `needs`."""
+    assert value is not None
+    return value
 
 
 def take(batch: Batched, rows: slice | Tensor, columns: slice = slice(None)) -> Batched:
-    """The rows (samples) and columns (points or steps) of a dataclass whose tensors are [b], [b, k] or [b, k, ...]."""
+    """The rows (samples) and columns (points or steps) of a dataclass of tensors [b], [b, k] or [b, k, ...]."""
 
     def part(value: Any) -> Any:
         if value is None:
             return None
+        if dataclasses.is_dataclass(value):
+            return take(value, rows, columns)
         return value[rows] if value.ndim == 1 else value[rows, columns]
 
     fields = dataclasses.fields(batch)  # type: ignore[arg-type]
@@ -115,8 +120,19 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
         batched = {name: torch.cat([getattr(p, name) for p in kept]) for name in ("x", "next_x", "velocity")}
         return dataclasses.replace(kept[0], **batched)
 
+    latents = [r.latents for r in rollouts if r.latents is not None]
     return Rollout(
         x0=torch.cat([r.x0 for r in rollouts]),
         sigmas=rollouts[0].sigmas,
         transitions=join([r.transitions for r in rollouts]),
+        latents=torch.cat(latents) if latents else None,
     )
+
+
+def select(rollout: Rollout, samples: Tensor) -> Rollout:
+    """The samples with these indices."""
+    t = rollout.transitions
+    if t is not None:
+        t = dataclasses.replace(t, x=t.x[samples], next_x=t.next_x[samples], velocity=t.velocity[samples])
+    latents = None if rollout.latents is None else rollout.latents[samples]
+    return Rollout(x0=rollout.x0[samples], sigmas=rollout.sigmas, transitions=t, latents=latents)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ablate.recipe import PromptsRecipe, Recipe
 from ablate.source import FieldError, InputError, choices
 from runners.prompts import read_prompts
-from runners.rewards import REWARDS
+from runners.rewards import load_reward
 
 
 def identify(recipe: Recipe) -> dict[str, str]:
@@ -18,10 +18,8 @@ def identify(recipe: Recipe) -> dict[str, str]:
 
     Raises FieldError for a reward or a local model that does not exist, or prompt files that cannot be used.
     """
-    if recipe.reward not in REWARDS:
-        raise FieldError("reward", f"unknown reward {recipe.reward!r}{choices(recipe.reward, REWARDS)}")
     return {
-        "reward": REWARDS[recipe.reward]().identity,
+        "reward": load_reward(recipe.reward).identity,
         "model": _model(recipe.model.path),
         **_prompts(recipe.prompts),
     }

@@ -181,11 +181,8 @@ class SD3Policy:
         torch._foreach_lerp_(self._copies[weights], current, 1 - decay)
 
     def state(self) -> dict[str, list[Tensor]]:
-        """All weights a checkpoint needs; the reference is the model's own."""
-        return {
-            "current": [p.data for p in self.trainable],
-            **{name: self._copies[name] for name in ("old", "average")},
-        }
+        """All weights a checkpoint needs."""
+        return {"current": [p.data for p in self.trainable], **self._copies}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, list[Tensor]]) -> None:

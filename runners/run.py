@@ -22,7 +22,11 @@ from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.policy import Policy, SD3Policy
 from runners.prompts import PromptSource, load_prompts
-from runners.rewards import REWARDS, Reward
+from runners.rewards import Reward, load_reward
+
+
+class Diverged(Exception):
+    """Training has left the numbers: a result, not an error."""
 
 
 @dataclass(kw_only=True)
@@ -108,7 +112,7 @@ def set_up(folder: Path, cell: Cell) -> Run:
         cell=cell,
         policy=policy,
         prompts=load_prompts(cell.recipe.prompts),
-        reward=REWARDS[cell.recipe.reward](),
+        reward=load_reward(cell.recipe.reward),
         optimizer=optimizer,
         progress=progress,
     )

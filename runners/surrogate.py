@@ -3,12 +3,12 @@
 An objective is a function of the log-probs [B, K] of a whole update. Where it couples more entries than one
 micro-batch holds, the log-probs are first evaluated without gradient, c = d loss / d log_prob is taken on that small
 matrix, and the network is replayed micro-batch by micro-batch with the loss sum(c log_prob): the chain rule, cut at
-log_prob, so it equals full-graph autograd.
+log_prob, so it equals full-graph autograd. An objective that reads velocities couples single terms alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ablate.estimators import Estimator
-from ablate.kl import velocity_kl
+from ablate.estimators.protocol import pooled
+from ablate.kl import KINDS, Difference
 from ablate.objectives import Objective
-from ablate.passes import one_pass
-from ablate.rollout import Evaluation, Probe, take
+from ablate.passes import coupling, one_pass
+from ablate.recipe import KLRecipe
+from ablate.rollout import Evaluation, Probe, needed, take
 
 Ask = Callable[[Literal["current", "old", "reference"], slice, slice], Tensor]
 """The velocity [n, m, ...] of a policy at some rows (samples) and columns (points) of the probe."""
@@ -33,18 +35,21 @@ class Batch:
     advantage: Tensor  # [b]
     group: Tensor  # [b]
     group_size: int
+    reward: Tensor | None = None  # [b]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Answers:
     """What the other policies say at one micro-batch."""
 
     rows: slice
     columns: slice
     share: float  # of the update's terms
-    old_log_prob: Tensor | None
-    reference_log_prob: Tensor | None
-    reference_velocity: Tensor | None
+    probe: Probe  # its part
+    old_velocity: Tensor | None = None
+    reference_velocity: Tensor | None = None
+    old_log_prob: Tensor | None = None
+    reference_log_prob: Tensor | None = None
 
 
 def accumulate_gradient(
@@ -54,78 +59,102 @@ def accumulate_gradient(
     ask: Ask,
     *,
     micro_batch_size: int,
-    kl_coef: float = 0.0,
+    kl: KLRecipe | None = None,
     old_is_current: bool = False,
 ) -> dict[str, Tensor]:
-    """Add d(objective + kl_coef KL) / d parameters to `.grad`; returns the loss and the objective's metrics."""
+    """Add d(objective + kl.coef KL) / d parameters to `.grad`; returns the loss and the objective's metrics."""
     num_samples, num_points = batch.probe.sigma.shape
-
-    def log_prob(velocity: Tensor, rows: slice, columns: slice) -> Tensor:
-        return estimator.log_prob(velocity, take(batch.probe, rows, columns))
+    kl = kl or KLRecipe()
 
     @torch.no_grad()
     def answers(rows: slice, columns: slice) -> _Answers:
-        old = reference = velocity = None
-        if "old" in objective.needs and not old_is_current:
-            recorded = batch.probe.rollout_velocity
-            asked = ask("old", rows, columns) if recorded is None else recorded[rows, columns]
-            old = log_prob(asked, rows, columns)
-        if "reference" in objective.needs or kl_coef > 0:
-            asked = ask("reference", rows, columns)
-            reference = log_prob(asked, rows, columns)
-            velocity = asked if kl_coef > 0 else None
-        share = batch.probe.sigma[rows, columns].numel() / (num_samples * num_points)
-        return _Answers(rows, columns, share, old, reference, velocity)
+        probe = take(batch.probe, rows, columns)
+        old = reference = None
+        if "old" in objective.needs:
+            old = probe.rollout_velocity
+            if old is None and not old_is_current:
+                old = ask("old", rows, columns)
+        if "reference" in objective.needs or kl.coef > 0:
+            reference = ask("reference", rows, columns)
+        return _Answers(
+            rows=rows,
+            columns=columns,
+            share=probe.sigma.numel() / (num_samples * num_points),
+            probe=probe,
+            old_velocity=old,
+            reference_velocity=reference,
+            old_log_prob=None if old is None else estimator.log_prob(old, probe),
+            reference_log_prob=None if reference is None else estimator.log_prob(reference, probe),
+        )
 
-    def evaluate(
-        f: Tensor, old: Tensor | None, reference: Tensor | None, rows: slice
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if "old" in objective.needs and old is None:
-            old = f.detach()
+    def evaluate(f: Tensor, velocity: Tensor | None, of: _Answers) -> tuple[Tensor, dict[str, Tensor]]:
+        old, old_velocity = of.old_log_prob, of.old_velocity
+        if old is None:
+            old, old_velocity = f.detach(), None if velocity is None else velocity.detach()
+
+        def declared(need: str, value: Any) -> Any:
+            return value if need in objective.needs else None
+
+        def as_seen(value: Tensor | None) -> Tensor | None:
+            return None if value is None else pooled(value, estimator.pool)
+
+        needs_probe = objective.needs & {"target", "transitions"}
         evaluation = Evaluation(
-            log_prob=f,
-            old_log_prob=old,
-            reference_log_prob=reference if "reference" in objective.needs else None,
-            advantage=batch.advantage[rows],
-            group=batch.group[rows],
+            log_prob=pooled(f, estimator.pool),
+            old_log_prob=declared("old", as_seen(old)),
+            reference_log_prob=declared("reference", as_seen(of.reference_log_prob)),
+            advantage=batch.advantage[of.rows],
+            group=batch.group[of.rows],
+            reward=declared("reward", None if batch.reward is None else batch.reward[of.rows]),
+            velocity=declared("velocity", velocity),
+            old_velocity=declared("velocity", declared("old", old_velocity)),
+            reference_velocity=declared("velocity", declared("reference", of.reference_velocity)),
+            probe=of.probe if needs_probe else None,
         )
         return objective(evaluation)
 
-    chunks = [
-        answers(*chunk)
-        for chunk in _chunks(num_samples, num_points, micro_batch_size, objective.level, batch.group_size)
-    ]
-    single = one_pass(objective.level, num_points, micro_batch_size, batch.group_size)
+    level = coupling(objective, estimator)
+    places = _chunks(num_samples, num_points, micro_batch_size, level, batch.group_size)
+    chunks: Iterable[_Answers] = (answers(*place) for place in places)
     metrics: dict[str, Tensor] = {}
     weights = None
-    if not single:
+    if not one_pass(level, num_points, micro_batch_size, batch.group_size):
+        chunks = list(chunks)
         with torch.no_grad():
-            values = [log_prob(ask("current", c.rows, c.columns), c.rows, c.columns) for c in chunks]
-            f = _assemble(values, chunks, batch.probe.sigma)
-        f.requires_grad_()
-        loss, metrics = evaluate(
-            f,
-            _assemble([c.old_log_prob for c in chunks], chunks, batch.probe.sigma),
-            _assemble([c.reference_log_prob for c in chunks], chunks, batch.probe.sigma),
-            slice(None),
+            values = [estimator.log_prob(ask("current", c.rows, c.columns), c.probe) for c in chunks]
+        f = _assemble(values, chunks, batch.probe.sigma).requires_grad_()
+        whole = _Answers(
+            rows=slice(None),
+            columns=slice(None),
+            share=1.0,
+            probe=batch.probe,
+            old_log_prob=_assemble([c.old_log_prob for c in chunks], chunks, batch.probe.sigma),
+            reference_log_prob=_assemble([c.reference_log_prob for c in chunks], chunks, batch.probe.sigma),
         )
+        loss, metrics = evaluate(f, None, whole)
         (weights,) = torch.autograd.grad(loss, f)
         metrics = {"loss": loss.detach(), **metrics}
     for chunk in chunks:
         velocity = ask("current", chunk.rows, chunk.columns)
-        f = log_prob(velocity, chunk.rows, chunk.columns)
+        f = estimator.log_prob(velocity, chunk.probe)
         parts: dict[str, Tensor] = {}
         if weights is None:
-            loss, parts = evaluate(f, chunk.old_log_prob, chunk.reference_log_prob, chunk.rows)
+            loss, parts = evaluate(f, velocity, chunk)
             parts = {"loss": loss.detach(), **parts}
             loss = loss * chunk.share
         else:
             loss = (weights[chunk.rows, chunk.columns] * f).sum()
-        if kl_coef > 0:
-            assert chunk.reference_velocity is not None
-            kl = velocity_kl(velocity, chunk.reference_velocity).mean()
-            parts["kl"] = kl.detach()
-            loss = loss + kl_coef * kl * chunk.share
+        if kl.coef > 0:
+            difference = Difference(
+                velocity=velocity,
+                reference_velocity=needed(chunk.reference_velocity),
+                log_prob=f,
+                reference_log_prob=needed(chunk.reference_log_prob),
+                probe=chunk.probe,
+            )
+            distance = KINDS[kl.kind](difference).mean()
+            parts["kl"] = distance.detach()
+            loss = loss + kl.coef * distance * chunk.share
         loss.backward()  # type: ignore[no-untyped-call]
         for name, value in parts.items():
             metrics[name] = metrics.get(name, torch.zeros_like(value)) + value * chunk.share
@@ -146,7 +175,7 @@ def _chunks(num_samples: int, num_points: int, size: int, level: str, group_size
         yield slice(row, min(row + rows, num_samples)), slice(0, num_points)
 
 
-def _assemble(parts: list[Any], chunks: list[_Answers], shape_of: Tensor) -> Any:
+def _assemble(parts: Sequence[Any], chunks: Sequence[_Answers], shape_of: Tensor) -> Any:
     """The matrix [b, k] whose micro-batches these are; None where nobody was asked."""
     if parts[0] is None:
         return None

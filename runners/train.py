@@ -19,24 +19,20 @@ import torch
 from torch import Tensor
 
 from ablate.advantages import advantages
-from ablate.flow import NOISE_SCHEDULES
 from ablate.plan import Cell
 from ablate.record import Record, Status, read_json, read_metrics, write_atomic
-from ablate.rollout import Rollout, concatenate, take
-from ablate.seeding import derive_seed, generator, streams
+from ablate.rollout import take
+from ablate.seeding import generator, streams
 from runners import checkpoint
 from runners.checkpoint import Progress
-from runners.evaluation import batches, evaluate, means
+from runners.collect import Samples, collect
+from runners.evaluation import evaluate
 from runners.policy import Conditioning
 from runners.provenance import note_attempt, provenance
-from runners.run import Run, set_up
+from runners.run import Diverged, Run, set_up
 from runners.surrogate import Batch, accumulate_gradient
 
 EMA_WARMUP = 10  # decay min(ema_decay, (1 + t) / (10 + t)) after t updates
-
-
-class Diverged(Exception):
-    """Training has left the numbers: a result, not an error."""
 
 
 def train_cell(folder: Path) -> Record:
@@ -97,69 +93,37 @@ def _train(run: Run, interrupted: list[int]) -> bool:
 
 def train_epoch(run: Run) -> dict[str, float]:
     """Roll out from the old policy, score, and update on the images' likelihoods under the shared probe."""
-    recipe, cell, epoch = run.recipe, run.cell, run.progress.epoch
-    groups, size = recipe.rollout.num_groups, recipe.rollout.group_size
-    prompts = [
-        prompt
-        for prompt in run.prompts.train(groups, np.random.default_rng(derive_seed(cell.seed, "prompts", epoch)))
-        for _ in range(size)
-    ]
-    conditioning = run.policy.encode([p.text for p in prompts])
-    with run.booked("rollout"):
-        rollout = roll_out(run, conditioning)
-        images = run.policy.decode(rollout.x0)
-    with run.booked("reward"):
-        scores = run.reward(images, prompts)
-    _check("reward", torch.from_numpy(scores.score))
-    group = torch.arange(groups).repeat_interleave(size)
-    advantage = advantages(torch.from_numpy(scores.score), group, recipe.advantage)
+    samples = collect(run)
+    advantage = advantages(samples.rewards, samples.group, run.recipe.advantage)
     with run.booked("update"):
-        trained = update(run, rollout, conditioning, advantage.float(), group)
-    deviation = torch.from_numpy(scores.score).view(groups, size).std(1, correction=0)
-    return {
-        **means("rollout", scores),
-        "rollout/informative_groups": float((deviation > 0).double().mean()),
-        **{f"train/{name}": value for name, value in trained.items()},
-    }
+        trained = update(run, samples, advantage.float())
+    return {**samples.metrics, **{f"train/{name}": value for name, value in trained.items()}}
 
 
-@torch.no_grad()
-def roll_out(run: Run, conditioning: Conditioning) -> Rollout:
-    """Images of an epoch under the old policy, batch by batch; a sample's noise depends on its index alone."""
-    recipe, policy = run.recipe.rollout, run.policy
-    sigmas = NOISE_SCHEDULES[recipe.noise_schedule](recipe.num_steps, policy.shift)
-    rollouts = []
-    with policy.using("old"):
-        for rows in batches(len(conditioning.tokens), recipe.batch_size):
-            samples = range(rows.start, rows.stop)
-            own = streams(run.cell.seed, "rollout", run.progress.epoch, samples=samples)
-            noise = own.normal(policy.latent_shape, torch.empty((), device=policy.device))
-            field = policy.field(conditioning.rows(rows), recipe.guidance_scale)
-            rollouts.append(run.sampler.sample(field, noise, sigmas=sigmas, epoch=run.progress.epoch, streams=own))
-            run.spend(forwards=len(samples) * recipe.num_steps * (1 + (recipe.guidance_scale > 1)))
-    return concatenate(rollouts)
-
-
-def update(
-    run: Run, rollout: Rollout, conditioning: Conditioning, advantage: Tensor, group: Tensor
-) -> dict[str, float]:
+def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
     """The optimizer steps of an epoch, each on its own share of the groups; then the old policy follows."""
     recipe, policy, progress = run.recipe.update, run.policy, run.progress
-    size = run.recipe.rollout.group_size
-    shared = recipe.share_probe == "group" or run.objective.level == "group"
-    samples = group.tolist() if shared else range(len(group))
+    size, group = run.recipe.rollout.group_size, samples.group
+    shared = recipe.group_probe == "shared" or run.objective.level == "group"
     probe = run.estimator.probe(
-        rollout,
+        samples.rollout,
         num_points=recipe.num_points,
-        streams=streams(run.cell.seed, "probe", progress.epoch, samples=samples),
+        streams=streams(
+            run.cell.seed,
+            "probe",
+            progress.epoch,
+            samples=group.tolist() if shared else range(len(group)),
+            group_size=size if recipe.group_probe == "stratified" and not shared else None,
+        ),
     )
     order = torch.randperm(int(group.max()) + 1, generator=generator(run.cell.seed, "order", progress.epoch))
     shares = order.chunk(recipe.updates_per_epoch)
-    old_decay = _old_decay(run.recipe.old_policy.decay, progress.update)
+    old_decay = run.recipe.old_policy.decay(progress.update)
+    reward = samples.score.to(advantage)
     metrics: list[dict[str, float]] = []
     for i, share in enumerate(shares):
         rows = (share.sort().values[:, None] * size + torch.arange(size)).flatten()
-        given = conditioning.rows(rows.to(policy.device))
+        given = samples.conditioning.rows(rows.to(policy.device))
         part = take(probe, rows.to(policy.device))
 
         def ask(weights: Any, samples: slice, points: slice, part: Any = part, given: Conditioning = given) -> Tensor:
@@ -178,10 +142,16 @@ def update(
         values = accumulate_gradient(
             run.objective,
             run.estimator,
-            Batch(probe=part, advantage=advantage[rows].to(policy.device), group=group[rows], group_size=size),
+            Batch(
+                probe=part,
+                advantage=advantage[rows].to(policy.device),
+                group=group[rows].to(policy.device),
+                group_size=size,
+                reward=reward[rows].to(policy.device),
+            ),
             ask,
             micro_batch_size=recipe.micro_batch_size,
-            kl_coef=run.recipe.kl.coef,
+            kl=run.recipe.kl,
             old_is_current=i == 0 and old_decay == 0,
         )
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable, recipe.max_grad_norm)
@@ -190,18 +160,12 @@ def update(
         decay = run.recipe.evaluation.ema_decay
         policy.blend("average", min(decay, (1 + progress.update) / (EMA_WARMUP + progress.update)))
         progress.update += 1
+        refresh = run.recipe.reference.refresh_every
+        if refresh is not None and progress.update % refresh == 0:
+            policy.blend("reference", 0)
         metrics.append({name: float(value) for name, value in values.items()} | {"grad_norm": float(norm)})
-    policy.blend("old", _old_decay(run.recipe.old_policy.decay, progress.update))
+    policy.blend("old", run.recipe.old_policy.decay(progress.update))
     return {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-
-
-def _old_decay(kind: str, num_updates: int) -> float:
-    """How slowly the rollout policy follows; see OldPolicyRecipe. DiffusionNFT (arXiv 2509.16117), `return_decay`."""
-    if kind == "slow":
-        return min(0.001 * num_updates, 0.5)
-    if kind == "late":
-        return 0.0 if num_updates < 75 else min(0.0075 * (num_updates - 75), 0.999)
-    return 0.0
 
 
 def _check(what: str, value: Tensor) -> None:

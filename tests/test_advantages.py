@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ablate.advantages import EPSILON, advantages
-from ablate.recipe import AdvantageRecipe
+from ablate.recipe import AdvantageRecipe, OldPolicyRecipe
 
 REWARD = torch.tensor([1.0, 3.0, 0.0, 4.0], dtype=torch.float64)  # groups of mean 2, deviations 1 and 2
 GROUP = torch.tensor([0, 0, 1, 1])
@@ -93,3 +93,42 @@ def test_the_order_of_samples_and_the_names_of_groups_do_not_matter(reward: Tens
     mixed = torch.randperm(len(group), generator=torch.Generator().manual_seed(seed))
     expected = of(reward.flatten(), group, scale=scale)[mixed]
     torch.testing.assert_close(of(reward.flatten()[mixed], 7 - 2 * group[mixed], scale=scale), expected)
+
+
+def test_win_rates_count_the_others_of_the_group_that_a_sample_beats() -> None:
+    reward = torch.tensor([[1.0, 5.0, 5.0, 7.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+    expected = torch.tensor([[0, 0.5, 0.5, 1], [0.5] * 4], dtype=torch.float64) - 0.5
+    torch.testing.assert_close(by_rows(reward, transform="win_rate"), expected)
+    torch.testing.assert_close(by_rows(reward.exp() * 10, transform="win_rate"), expected)  # only the order counts
+
+
+SEVERAL = torch.tensor([[1.0, 100.0], [3.0, 0.0], [0.0, 0.0], [4.0, 300.0]], dtype=torch.float64)
+
+
+def test_several_rewards_are_summed_or_each_normalised_or_whitened_first() -> None:
+    torch.testing.assert_close(of(SEVERAL, GROUP), of(SEVERAL.sum(1), GROUP))
+    each = [of(SEVERAL[:, i], GROUP, scale="group") for i in range(2)]
+    torch.testing.assert_close(of(SEVERAL, GROUP, scale="group", several="normalised"), each[0] + each[1])
+    white = (SEVERAL - SEVERAL.mean(0)) / (SEVERAL.std(0, correction=0) + EPSILON)
+    torch.testing.assert_close(of(SEVERAL, GROUP, several="whitened"), of(white.sum(1), GROUP))
+
+
+def test_whitened_advantages_have_mean_0_and_deviation_1() -> None:
+    advantage = of(SEVERAL, GROUP, scale="group", several="normalised", whiten=True)
+    assert float(advantage.mean()) == pytest.approx(0, abs=1e-12)
+    assert float(advantage.std(correction=0)) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("start", "rate", "limit", "expected"),
+    [
+        (0, 0, 0, {0: 0, 500: 0}),
+        (0, 0.001, 0.5, {100: 0.1, 500: 0.5, 900: 0.5}),  # decay_type 1
+        (75, 0.0075, 0.999, {75: 0, 175: 0.75, 1000: 0.999}),  # 2
+        (10, 0.01, 0.5, {9: 0, 60: 0.5}),  # 3
+    ],
+)
+def test_the_old_policy_follows_by_a_ramp(start, rate, limit, expected) -> None:
+    recipe = OldPolicyRecipe(start=start, rate=rate, limit=limit)
+    assert {t: recipe.decay(t) for t in expected} == pytest.approx(expected)
+    assert recipe.lags == (limit > 0)

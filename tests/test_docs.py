@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gaussian_flow import GaussianFlow
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from ablate.cli import app
 from ablate.components import build
-from ablate.flow import diffusers_sigmas
+from ablate.contracts import check_estimator, check_objective, check_sampler, roll_out, scene, velocity_at
+from ablate.estimators.elbo import ELBO
 from ablate.forecast import plan_json
 from ablate.grid import load_grid
+from ablate.objectives.paper import EPG
 from ablate.plan import Plan, make_plan
 from ablate.recipe import Recipe
 from ablate.record import Ledger, Status
-from ablate.rollout import Evaluation, Rollout, take
-from ablate.seeding import streams
+from ablate.samplers.sde import DDIM
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 BUILT_IN = {"objective": "[grpo]", "estimator": "[elbo]", "sampler": "[sde]"}
-FLOW = GaussianFlow()
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -144,60 +143,30 @@ def test_examples_have_a_forecast(axis: str, examples: Path) -> None:
     assert calls[0] == calls[1]
 
 
-def test_the_objective_keeps_its_contracts(examples: Path) -> None:
-    objective = example(examples, "objective")
-    f = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    evaluation = Evaluation(
-        log_prob=f,
-        old_log_prob=f.detach().clone() if "old" in objective.needs else None,
-        reference_log_prob=f.detach().clone() if "reference" in objective.needs else None,
-        advantage=torch.tensor([1.0, -1.0, 0.0, 0.0], dtype=torch.float64),
-        group=torch.tensor([0, 0, 1, 1]),
-    )
-    loss, metrics = objective(evaluation)
-    assert loss.shape == ()
-    assert all(value.shape == () and not value.requires_grad for value in metrics.values())
-    (gradient,) = torch.autograd.grad(loss, f)
-    assert (gradient[0] < 0).all()  # a step against it makes the better sample likelier
-    assert (gradient[1] > 0).all()
-    assert (gradient[2:] == 0).all()
-    halves = [objective(take(evaluation, rows))[0] for rows in (slice(0, 2), slice(2, 4))]
-    torch.testing.assert_close(loss, sum(halves) / 2)
+@pytest.mark.parametrize(
+    ("axis", "check"), [("objective", check_objective), ("estimator", check_estimator), ("sampler", check_sampler)]
+)
+def test_examples_keep_their_contracts(axis: str, check: Callable[[Any], None], examples: Path) -> None:
+    check(example(examples, axis))
 
 
-def sampled(sampler: Any, samples: range = range(3)) -> Rollout:
-    own = streams(0, "rollout", samples=samples)
-    noise = own.normal([6], torch.empty((), dtype=torch.float64))
-    return sampler.sample(FLOW.velocity, noise, sigmas=diffusers_sigmas(8), epoch=0, streams=own)
+def test_the_outside_objective_is_epg_until_a_weight_is_truncated(examples: Path) -> None:
+    kind = type(example(examples, "objective"))
+    s = scene(EPG(), advantage=torch.arange(12, dtype=torch.float64))
+    epg, same, truncated = (replace(s, objective=o).gradient() for o in (EPG(), kind(c=1e9), kind(c=1.0001)))
+    torch.testing.assert_close(same, epg)
+    assert not torch.allclose(truncated, epg)
 
 
-def test_the_estimator_keeps_its_contracts(examples: Path) -> None:
-    estimator = example(examples, "estimator")
-    rollout = sampled(example(examples, "sampler"))
-    for num_points, k in ((3, 3), (None, 7)):
-        probe, again = (
-            estimator.probe(rollout, num_points=num_points, streams=streams(1, samples=range(3))) for _ in range(2)
-        )
-        velocity = FLOW.velocity(probe.x.flatten(0, 1), probe.sigma.flatten()).reshape(probe.x.shape)
-        value = estimator.log_prob(velocity, probe)
-        assert value.shape == probe.sigma.shape == (3, k)
-        assert value.isfinite().all()
-        assert torch.equal(probe.x, again.x)
-        part = take(probe, slice(1, 2), slice(0, 2))
-        torch.testing.assert_close(estimator.log_prob(velocity[1:2, :2], part), value[1:2, :2])
-        assert {field.name for field in dataclasses.fields(probe)} >= {"x", "sigma", "rollout_velocity"}
+def test_the_outside_estimator_is_the_x0_error_weighted_by_the_clipped_snr(examples: Path) -> None:
+    estimator = type(example(examples, "estimator"))(c=1e9)
+    probe = scene(EPG(), estimator=estimator).probe
+    velocity = velocity_at(probe) + 0.1
+    s = probe.sigma
+    expected = ((1 - s) / s) ** 2 * ELBO(weight="x0").log_prob(velocity, probe)
+    torch.testing.assert_close(estimator.log_prob(velocity, probe), expected)
 
 
-def test_the_sampler_keeps_its_contracts(examples: Path) -> None:
-    sampler = example(examples, "sampler")
-    assert sampler.problem(8) is None
-    rollout = sampled(sampler)
-    assert rollout.x0.shape == (3, 6)
-    assert rollout.x0.isfinite().all()
-    assert torch.equal(rollout.x0, sampled(sampler).x0)
-    torch.testing.assert_close(rollout.x0[1:2], sampled(sampler, range(1, 2)).x0)
-    steps = rollout.transitions
-    assert steps is not None
-    assert steps.x.shape == (3, 8, 6)
-    s, following = steps.sigma, diffusers_sigmas(8)[1:]
-    torch.testing.assert_close(steps.std, sampler.noise_level * (s - following).sqrt())
+def test_the_outside_sampler_is_ddim_at_eta_sqrt_2(examples: Path) -> None:
+    kind = type(example(examples, "sampler"))
+    torch.testing.assert_close(roll_out(kind(eta=2**0.5)).x0, roll_out(DDIM(eta=1)).x0)

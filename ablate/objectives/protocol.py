@@ -10,22 +10,35 @@ from ablate.rollout import Evaluation
 
 Level = Literal["term", "sample", "group"]
 
+NEEDS = {  # what an objective may declare, and what of the evaluation it then gets
+    "old": "the rollout policy's log-prob, and its velocity beside `velocity`",
+    "reference": "the reference policy's log-prob, and its velocity beside `velocity`",
+    "reward": "the raw reward of each sample",
+    "velocity": "the current policy's velocity, differentiable",
+    "target": "a probe of noised final samples, with the velocity to regress on",
+    "transitions": "a probe of recorded steps, with their coefficients",
+}
+
 
 class Objective(Protocol):
     """A frozen dataclass: fields are its hyperparameters with the source's defaults, the call is the maths.
 
     The loss is a mean over its units (terms, samples or groups), so that the loss of a batch is the size-weighted mean
-    of the losses of its parts.
+    of the losses of its parts. An attribute `demands` = {"advantage.scale": "none"} names recipe values that it is
+    defined by; combinations with other ones are excluded.
     """
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which other policies it reads: a subset of {"old", "reference"}."""
+        """What it reads beside log-prob and advantage: a subset of NEEDS."""
         ...
 
     @property
     def level(self) -> Level:
-        """How far apart the entries may be that its loss couples: within a term, a sample or a group."""
+        """How far apart the entries may be that its loss couples: within a term, a sample or a group.
+
+        With `velocity` among its needs it must be `term`: velocities of whole groups do not fit into memory.
+        """
         ...
 
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:

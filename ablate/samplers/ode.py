@@ -17,13 +17,16 @@ from ablate.seeding import Streams
 
 @dataclass(frozen=True, kw_only=True)
 class ODE:
-    """The probability-flow ODE. solver `euler`: x' = x + (sigma' - sigma) v; `dpm2`: second-order multistep.
+    """dx = v dt, deterministic: x' = x + (s' - s) v with solver `euler`, second-order multistep with `dpm2`.
 
-    Leaves no transition densities, so only estimators that need the final sample alone can follow it.
+    Leaves no transition densities, so only estimators that need the final sample alone can follow it. `dpm1`, the
+    first order of `dpm2`, is the same step as `euler`.
+
+    Source: DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095), alg. 2 and eq. 12.
     """
 
-    solver: Literal["euler", "dpm2"] = "euler"
-    stochastic = False
+    solver: Literal["euler", "dpm1", "dpm2"] = "euler"
+    leaves = frozenset[str]()
 
     def num_scored(self, num_steps: int) -> int:
         return 0
@@ -33,7 +36,7 @@ class ODE:
 
     def sample(self, velocity: Velocity, noise: Tensor, *, sigmas: Tensor, epoch: int, streams: Streams) -> Rollout:
         levels = sigmas.tolist()
-        if self.solver == "euler":
+        if self.solver != "dpm2":
             steps = [euler_step(a, b) for a, b in itertools.pairwise(levels)]
             return run_steps(steps, velocity, noise, sigmas, streams)
         return Rollout(x0=_dpm2(velocity, noise, levels), sigmas=sigmas)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -11,13 +11,16 @@ from ablate.rollout import Rollout
 from ablate.seeding import Streams
 
 
-@runtime_checkable
 class Sampler(Protocol):
     """A frozen dataclass: fields are its parameters, `sample` integrates a velocity field from noise to data."""
 
     @property
-    def stochastic(self) -> bool:
-        """Whether it leaves transition densities behind."""
+    def leaves(self) -> frozenset[str]:
+        """What it leaves behind beside the samples: a subset of {"transitions", "density"}.
+
+        "transitions": Gaussian steps with their coefficients. "density": they are meant to be scored by their density;
+        those of `cps` are not.
+        """
         ...
 
     def sample(self, velocity: Velocity, noise: Tensor, *, sigmas: Tensor, epoch: int, streams: Streams) -> Rollout:

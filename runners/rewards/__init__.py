@@ -1,12 +1,29 @@
-"""Rewards by name."""
+"""Rewards by name, and weighted sums of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from ablate.source import FieldError, choices
+from runners.rewards.combination import WeightedSum
+from runners.rewards.compressibility import JpegReward
 from runners.rewards.protocol import Reward, RewardOutput
 from runners.rewards.scenes import ScenesReward
 
-REWARDS: Mapping[str, Callable[[], Reward]] = {"scenes": ScenesReward}
+REWARDS: Mapping[str, Callable[[], Reward]] = {"scenes": ScenesReward, "jpeg": JpegReward}
 
-__all__ = ["REWARDS", "Reward", "RewardOutput"]
+
+def load_reward(spec: str | Mapping[str, float]) -> Reward:
+    """The reward of a recipe: a name, or names with the weights of their sum. Raises FieldError for unknown ones."""
+    names = [spec] if isinstance(spec, str) else list(spec)
+    for name in names:
+        if name not in REWARDS:
+            raise FieldError("reward", f"unknown reward {name!r}{choices(name, REWARDS)}")
+    if isinstance(spec, str):
+        return REWARDS[spec]()
+    if not spec:
+        raise FieldError("reward", "got no reward at all, expected a name or names with weights")
+    return WeightedSum({name: REWARDS[name]() for name in names}, spec)
+
+
+__all__ = ["REWARDS", "Reward", "RewardOutput", "load_reward"]

@@ -14,9 +14,13 @@ from runners.prompts import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOutput:
-    """`score` [b] is what is trained on; `parts` [b] each are recorded beside it; `reasons` say why an image failed."""
+    """`score` [b] is what is trained on; `parts` [b] each are recorded beside it; `reasons` say why an image failed.
+
+    `terms` [b, r] are the weighted rewards whose sum the score is, None for a single one.
+    """
 
     score: NDArray[np.float64]
+    terms: NDArray[np.float64] | None = None
     parts: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
 
