@@ -187,23 +187,20 @@ def sync(
 
 
 @app.command(name="list")
-def list_components() -> None:
-    """List the objectives, estimators and samplers with their formulas."""
-    import inspect
-
+def list_components(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The whole documentation, as in docs/methods.md")
+    ] = False,
+) -> None:
+    """List the objectives, estimators and samplers with formula, needs, level and source."""
     from rich.console import Console
-    from rich.text import Text
 
-    from ablate.estimators import ESTIMATORS
-    from ablate.objectives import OBJECTIVES
-    from ablate.samplers import SAMPLERS
+    from ablate import catalogue
 
-    console = Console()
-    for axis, table in (("objectives", OBJECTIVES), ("estimators", ESTIMATORS), ("samplers", SAMPLERS)):
-        console.print(Text(axis, style="bold"))
-        for name, kind in table.items():
-            first = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-            console.print(Text.assemble(("  " + name.ljust(12), "cyan"), first))
+    if markdown:
+        typer.echo(catalogue.markdown(), nl=False)
+    else:
+        Console().print(catalogue.listing())
 
 
 def _planned(path: Path, settings: list[str] | None, only: list[str] | None, seeds: str | None) -> tuple[Grid, Plan]:
@@ -245,7 +242,7 @@ def _kept(plan: Plan, grid: Grid, only: list[str] | None, seeds: str | None) -> 
         axis, separator, value = text.partition("=")
         if not separator:
             raise InputError(f"--only {text}: expected AXIS=VALUE")
-        if axis not in (axes := (*grid.file.axes, "id")):
+        if axis not in (axes := (*COMPONENT_AXES, *(plan.cells[0].axes if plan.cells else ()), "id")):
             raise InputError(f"--only {text}: unknown axis {axis!r}{choices(axis, axes)}")
         known = dict.fromkeys(v for cell in plan.cells for v in values(cell, axis))
         if value not in known:

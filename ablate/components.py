@@ -11,9 +11,8 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ablate.grid import Grid
 from ablate.recipe import Strict
-from ablate.source import InputError, Location, choices, message, shown
+from ablate.source import InputError, Location, Source, choices, message, shown
 
 MEMBERS = {  # what a class from the outside must have; the protocols say it in full
     "objective": ("needs", "level", "__call__"),
@@ -33,32 +32,32 @@ class Component(Strict):
         return dict(self.model_extra or {})
 
 
-def resolve(axis: str, value: Any, grid: Grid, location: Location) -> tuple[Component, Any]:
+def resolve(axis: str, value: Any, source: Source, location: Location) -> tuple[Component, Any]:
     """A value of an axis, `grpo` or `{name: grpo, clip_range: 1e-4}`, with all its parameters, and its instance."""
     spec = {"name": value} if isinstance(value, str) else value
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         expected = "a name or a mapping with 'name', as in {name: elbo, weight: simple}"
-        raise grid.source.error(location, f"got {shown(value)}, expected {expected}")
+        raise source.error(location, f"got {shown(value)}, expected {expected}")
     name, given = spec["name"], {key: v for key, v in spec.items() if key != "name"}
     try:
         kind = _kind(axis, name)
     except InputError as error:
-        raise grid.source.error(location, str(error)) from None
+        raise source.error(location, str(error)) from None
     hints = typing.get_type_hints(kind)
     fields = [f.name for f in dataclasses.fields(kind)]
     for key, v in given.items():
         if key not in fields:
-            raise grid.source.error((*location, key), f"{name} has no parameter {key!r}{choices(key, fields)}")
+            raise source.error((*location, key), f"{name} has no parameter {key!r}{choices(key, fields)}")
         try:
             given[key] = TypeAdapter(hints[key]).validate_json(json.dumps(v, default=str), strict=True)
         except ValidationError as error:
-            raise grid.source.error((*location, key), f"{name}: {message(error.errors()[0])}") from None
+            raise source.error((*location, key), f"{name}: {message(error.errors()[0])}") from None
         if isinstance(v, float) and not math.isfinite(v):
-            raise grid.source.error((*location, key), f"{name}: got {v}, expected a finite number")
+            raise source.error((*location, key), f"{name}: got {v}, expected a finite number")
     try:
         instance = kind(**given)
     except (ValueError, TypeError) as error:
-        raise grid.source.error(location, f"{name}: {error}") from None
+        raise source.error(location, f"{name}: {error}") from None
     return Component(name=name, **dataclasses.asdict(instance)), instance
 
 

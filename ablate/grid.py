@@ -1,10 +1,10 @@
-"""A grid file: axes, seeds and a recipe. See grids/*.yaml."""
+"""A grid file: axes or single cells, seeds and a recipe. See grids/*.yaml."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,23 +36,41 @@ class GridFile(Strict):
 
     name: str
     """Of the folder under results/."""
-    recipe: str
+    recipe: str | None = None
     """Name of a file in `recipes/` beside the grid, or a path."""
-    axes: dict[str, list[Any]]
+    axes: dict[str, list[Any]] = {}
+    """What is crossed: components and recipe fields. A component that is not named is that of the recipe's `method`."""
+    cells: list[dict[str, Any]] = []
+    """In place of axes, one combination each: a `recipe`, components and recipe fields, all with the defaults above."""
     seeds: list[Annotated[int, Field(ge=0)]]
     override: dict[str, Any] = {}
     exclude: list[Exclusion] = []
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A grid file with its recipe, every value validated."""
+class Part:
+    """The axes of a grid, or one of its single cells, with its recipe: what is crossed by itself."""
 
     file: GridFile
     source: Source
+    axes: Mapping[str, list[Any]]  # the recipe's method included
+    place: Location  # of the axes in the grid file: ("axes",) or ("cells", 2)
+    recipe_name: str
     recipe_source: Source
     recipe: dict[str, Any]  # the recipe file with `override` and then `settings` applied
-    settings: dict[str, Any] = field(default_factory=dict)  # of --set, by dotted path
+    settings: Mapping[str, Any]  # of --set, by dotted path
+
+    @property
+    def recipe_axes(self) -> dict[str, list[Any]]:
+        """The axes that are recipe fields."""
+        return {name: values for name, values in self.axes.items() if name not in COMPONENT_AXES}
+
+    def where(self, axis: str, index: int = 0) -> tuple[Source, Location]:
+        """Where a value of an axis is written: in the grid, or in the recipe's method."""
+        written = self.file.axes if self.place == ("axes",) else self.file.cells[int(self.place[1])]
+        if axis not in written:
+            return self.recipe_source, ("method", axis)
+        return self.source, (*self.place, axis, *([index] if self.place == ("axes",) else []))
 
     def recipe_with(self, values: dict[str, Any]) -> Recipe:
         """The recipe with recipe axes set, e.g. {"kl.coef": 1e-4}. Raises InputError with file and line."""
@@ -75,7 +93,8 @@ class Grid:
                     return InputError(f"--set {path}={value}: {message}")
             for path, value in values.items():
                 if _starts(place, path):
-                    return self.source.error(("axes", path, self.file.axes[path].index(value)), message)
+                    source, where = self.where(path, self.axes[path].index(value))
+                    return source.error(where, message)
         for place in fields:
             if _holds(self.file.override, place):
                 return self.source.error(("override", *place), message)
@@ -121,29 +140,48 @@ def _unknown(path: str, kind: str, others: tuple[str, ...] = ()) -> str | None:
     return f"unknown {kind}{choices(path, [*others, *fields], siblings or [*others, *groups])}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A grid file with its recipes, every value validated."""
+
+    file: GridFile
+    source: Source
+    parts: tuple[Part, ...]  # one for `axes`, one for each of `cells`
+
+
 def _check(file: GridFile, source: Source) -> None:
     """What the types cannot say. Raises InputError at the line."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", file.name):
         allowed = "letters, digits, '_', '-' and '.', the first a letter or digit, as it names a folder"
         raise source.error(("name",), f"got {file.name!r}. Allowed: {allowed}")
+    if bool(file.axes) == bool(file.cells):
+        got = "both" if file.axes else "neither"
+        raise source.error(("cells",) if file.cells else (), f"expected either axes or cells, got {got}")
     for name, values in file.axes.items():
-        if name not in COMPONENT_AXES and (problem := _unknown(name, "axis", COMPONENT_AXES)):
-            raise source.error(("axes", name), problem)
-        if name not in COMPONENT_AXES and _holds(file.override, tuple(name.split("."))):
-            raise source.error(("override", *name.split(".")), "is an axis of this grid too; give its values there")
+        _check_axis(name, ("axes", name), file, source)
         if not values:
             raise source.error(("axes", name), "got an empty axis, expected at least one value")
         for i, value in enumerate(values):
             if value in values[:i]:
                 raise source.error(("axes", name, i), f"got {shown(value)} twice; two cells would be the same")
-    for name in COMPONENT_AXES:
-        if name not in file.axes:
-            raise source.error(("axes",), f"{name!r} is missing; a grid crosses {', '.join(COMPONENT_AXES)}")
+    for i, cell in enumerate(file.cells):
+        for name in cell:
+            if name != "recipe":
+                _check_axis(name, ("cells", i, name), file, source)
     if not file.seeds:
         raise source.error(("seeds",), "got no seeds, expected at least one")
     for i, seed in enumerate(file.seeds):
         if seed in file.seeds[:i]:
             raise source.error(("seeds", i), f"got {seed} twice; two cells would be the same")
+
+
+def _check_axis(name: str, location: Location, file: GridFile, source: Source) -> None:
+    if name in COMPONENT_AXES:
+        return
+    if problem := _unknown(name, "axis", COMPONENT_AXES):
+        raise source.error(location, problem)
+    if _holds(file.override, tuple(name.split("."))):
+        raise source.error(("override", *name.split(".")), "is an axis of this grid too; give its values there")
 
 
 def load_grid(path: Path, settings: dict[str, Any] | None = None) -> Grid:
@@ -157,25 +195,72 @@ def load_grid(path: Path, settings: dict[str, Any] | None = None) -> Grid:
     except ValidationError as error:
         raise explain(error, GridFile, source) from None
     _check(file, source)
-    recipe_source = Source.read(_recipe_path(file.recipe, path, source))
-    recipe = merge(recipe_source.data, file.override)
-    for key, value in (settings or {}).items():
+    given = settings or {}
+    if file.axes:
+        parts = [_part(path, file, source, ("axes",), file.recipe, file.axes, given)]
+    else:
+        parts = [
+            _part(
+                path, file, source, ("cells", i), cell.get("recipe", file.recipe),
+                {name: [value] for name, value in cell.items() if name != "recipe"}, given,
+            )
+            for i, cell in enumerate(file.cells)
+        ]  # fmt: skip
+    return Grid(file=file, source=source, parts=tuple(parts))
+
+
+def _part(
+    path: Path,
+    file: GridFile,
+    source: Source,
+    place: Location,
+    recipe_name: Any,
+    axes: Mapping[str, list[Any]],
+    settings: Mapping[str, Any],
+) -> Part:
+    """Axes with their recipe: its method fills in components, `override` and `settings` change its fields."""
+    if not isinstance(recipe_name, str):
+        got = f"got {shown(recipe_name)}, expected" if recipe_name is not None else "is missing:"
+        raise source.error((*place, "recipe") if len(place) > 1 else ("recipe",), f"{got} the name of a recipe")
+    written = (*place, "recipe") if len(place) > 1 and "recipe" in file.cells[int(place[1])] else ("recipe",)
+    recipe_source = Source.read(_recipe_path(recipe_name, path, source, written))
+    data = {key: value for key, value in recipe_source.data.items() if key != "method"}
+    method = recipe_source.data.get("method", {})
+    if not isinstance(method, dict) or not set(method) <= set(COMPONENT_AXES):
+        allowed = f"expected a mapping with {', '.join(COMPONENT_AXES)}"
+        raise recipe_source.error(("method",), f"got {shown(method)}, {allowed}")
+    for axis in COMPONENT_AXES:
+        if axis not in axes and axis not in method:
+            raise source.error(place, f"{axis!r} is missing, and recipe {recipe_name!r} has no method that names one")
+    recipe = merge(data, file.override)
+    for key, value in settings.items():
         if problem := _unknown(key, "field"):
             raise InputError(f"--set {key}={value}: {problem}")
-        if key in file.axes:
-            values = ", ".join(map(shown, file.axes[key]))
-            raise InputError(f"--set {key}={value}: is an axis of {path} ({values}); --only {key}=VALUE keeps one")
+        if key in axes:
+            values = ", ".join(map(shown, axes[key]))
+            kept = f"; --only {key}=VALUE keeps one" if place == ("axes",) else ""
+            raise InputError(f"--set {key}={value}: is an axis of {path} ({values}){kept}")
         recipe = set_path(recipe, key.split("."), value)
-    grid = Grid(file=file, source=source, recipe_source=recipe_source, recipe=recipe, settings=settings or {})
-    grid.recipe_with({name: values[0] for name, values in file.axes.items() if name not in COMPONENT_AXES})
-    return grid
+    ordered = {axis: axes[axis] if axis in axes else [method[axis]] for axis in COMPONENT_AXES}
+    part = Part(
+        file=file,
+        source=source,
+        axes={**ordered, **axes},
+        place=place,
+        recipe_name=recipe_name,
+        recipe_source=recipe_source,
+        recipe=recipe,
+        settings=settings,
+    )
+    part.recipe_with({name: values[0] for name, values in part.recipe_axes.items()})
+    return part
 
 
-def _recipe_path(name: str, grid: Path, source: Source) -> Path:
+def _recipe_path(name: str, grid: Path, source: Source, location: Location) -> Path:
     folder = grid.parent / "recipes"
     names = sorted(p.stem for p in folder.glob("*.yaml"))
     found = grid.parent / name if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not found.is_file():
         where = f"no such file: {found}" if found.parent != folder else f"no recipe {name!r} in {folder}"
-        raise source.error(("recipe",), f"{where}{choices(name, names)}")
+        raise source.error(location, f"{where}{choices(name, names)}")
     return found

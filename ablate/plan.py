@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ablate.components import Component, resolve, short_label, unique_labels
-from ablate.grid import COMPONENT_AXES, Grid
+from ablate.grid import COMPONENT_AXES, Grid, Part
 from ablate.recipe import Recipe, Strict
-from ablate.source import FieldError, InputError
+from ablate.source import FieldError, InputError, Location
 
 FORMAT = 1  # of the files in results/; a change in meaning raises it
 
@@ -80,47 +80,91 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
     Raises InputError for a component that does not exist or has impossible parameters, with file and line; also for a
     FieldError of `versions`.
     """
-    axes = grid.file.axes
-    components = {
-        axis: [resolve(axis, value, grid, ("axes", axis, i)) for i, value in enumerate(axes[axis])]
-        for axis in COMPONENT_AXES
-    }
-    for axis, values in components.items():
-        for i, (component, _) in enumerate(values):
-            if component in [c for c, _ in values[:i]]:
+    combinations = list(_combinations(grid, versions))
+    labels = _labels(combinations)
+    cells: dict[str, Cell] = {}
+    excluded: list[Excluded] = []
+    unused = list(grid.file.exclude)
+    for c in combinations:
+        called = {axis: (labels[axis][component], component.name) for axis, component in c.components.items()}
+        named = {axis: label for axis, (label, _) in called.items()}
+        left_out = [e for e in grid.file.exclude if e.covers(called)]
+        unused = [e for e in unused if e not in left_out]
+        names = {axis: component.name for axis, component in c.components.items()}
+        reason = impossible(names, recipe=c.recipe, **c.instances)
+        reason = reason or next((e.reason for e in left_out), None)
+        if reason:
+            excluded.append(Excluded(**named, axes=c.axes, reason=reason))
+            continue
+        for seed in grid.file.seeds:
+            cell = _cell(grid.file.name, c, named, seed)
+            if cell.id in cells:
+                raise grid.source.error(c.place, f"is the same cell as one before it, {cell.id}")
+            cells[cell.id] = cell
+    if unused:
+        place = ("exclude", grid.file.exclude.index(unused[0]))
+        raise grid.source.error(place, "fits no combination of the axes")
+    order = {axis: tuple(labels[axis].values()) for axis in COMPONENT_AXES}
+    return Plan(grid=grid.file.name, order=order, cells=tuple(cells.values()), excluded=tuple(excluded))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Combination:
+    """Values of all axes."""
+
+    components: dict[str, Component]
+    instances: dict[str, Any]
+    axes: dict[str, Any]  # of the recipe
+    recipe: Recipe
+    versions: dict[str, str]
+    place: Location  # in the grid file
+
+
+def _combinations(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]]) -> Iterator[_Combination]:
+    """The product of each part. Where parts differ in recipe or field, all show theirs."""
+    recipes = {part.recipe_name for part in grid.parts}
+    fields = list(dict.fromkeys(field for part in grid.parts for field in part.recipe_axes))
+    for part in grid.parts:
+        components = _components(part)
+        for chosen in itertools.product(*part.recipe_axes.values()):
+            settings = dict(zip(part.recipe_axes, chosen, strict=True))
+            recipe = part.recipe_with(settings)
+            try:
+                identities = dict(versions(recipe))
+            except FieldError as error:
+                raise part.error(error.location, str(error), settings) from None
+            axes = {field: settings.get(field, operator.attrgetter(field)(recipe)) for field in fields}
+            for combination in itertools.product(*components.values()):
+                values = dict(zip(COMPONENT_AXES, combination, strict=True))
+                yield _Combination(
+                    components={axis: component for axis, (component, _) in values.items()},
+                    instances={axis: instance for axis, (_, instance) in values.items()},
+                    axes={"recipe": part.recipe_name, **axes} if len(recipes) > 1 else axes,
+                    recipe=recipe,
+                    versions=identities,
+                    place=part.place,
+                )
+
+
+def _labels(combinations: list[_Combination]) -> dict[str, dict[Component, str]]:
+    """A label for every value of each component axis, in the order of the grid."""
+    values = {axis: list(dict.fromkeys(c.components[axis] for c in combinations)) for axis in COMPONENT_AXES}
+    return {axis: dict(zip(values[axis], unique_labels(axis, values[axis]), strict=True)) for axis in COMPONENT_AXES}
+
+
+def _components(part: Part) -> dict[str, list[tuple[Component, Any]]]:
+    """The values of each component axis with their instances, all parameters spelled out and all different."""
+    resolved: dict[str, list[tuple[Component, Any]]] = {}
+    for axis in COMPONENT_AXES:
+        resolved[axis] = []
+        for i, value in enumerate(part.axes[axis]):
+            source, place = part.where(axis, i)
+            component, instance = resolve(axis, value, source, place)
+            if component in [c for c, _ in resolved[axis]]:
                 spelled = f"got {component.name!r} with the same parameters twice; two cells would be the same"
-                raise grid.source.error(("axes", axis, i), spelled)
-    names = {axis: unique_labels(axis, [component for component, _ in values]) for axis, values in components.items()}
-    pairs = [
-        [(label, component.name) for label, (component, _) in zip(names[axis], components[axis], strict=True)]
-        for axis in COMPONENT_AXES
-    ]
-    every = [dict(zip(COMPONENT_AXES, called, strict=True)) for called in itertools.product(*pairs)]
-    for i, exclusion in enumerate(grid.file.exclude):
-        if not any(exclusion.covers(called) for called in every):
-            raise grid.source.error(("exclude", i), "fits no combination of the axes")
-    recipe_axes = {name: values for name, values in axes.items() if name not in COMPONENT_AXES}
-    cells, excluded = [], []
-    for chosen in itertools.product(*recipe_axes.values()):
-        settings = dict(zip(recipe_axes, chosen, strict=True))
-        recipe = grid.recipe_with(settings)
-        try:
-            identities = dict(versions(recipe))
-        except FieldError as error:
-            raise grid.error(error.location, str(error), settings) from None
-        for combination, called in zip(itertools.product(*components.values()), every, strict=True):
-            labels = {axis: label for axis, (label, _) in called.items()}
-            parts = {axis: component for axis, (component, _) in zip(COMPONENT_AXES, combination, strict=True)}
-            instances = {axis: instance for axis, (_, instance) in zip(COMPONENT_AXES, combination, strict=True)}
-            reason = impossible({axis: part.name for axis, part in parts.items()}, recipe=recipe, **instances)
-            reason = reason or next((e.reason for e in grid.file.exclude if e.covers(called)), None)
-            if reason:
-                excluded.append(Excluded(**labels, axes=settings, reason=reason))
-                continue
-            cells += [
-                _cell(grid.file.name, parts, labels, seed, settings, recipe, identities) for seed in grid.file.seeds
-            ]
-    return Plan(grid=grid.file.name, order=names, cells=tuple(cells), excluded=tuple(excluded))
+                raise source.error(place, spelled)
+            resolved[axis].append((component, instance))
+    return resolved
 
 
 def impossible(names: Mapping[str, str], objective: Any, estimator: Any, sampler: Any, recipe: Recipe) -> str | None:
@@ -153,31 +197,23 @@ def _problems(
             yield f"{o} is defined by {path}: {wanted}, and the recipe has {got}"
 
 
-def _cell(
-    grid: str,
-    parts: dict[str, Component],
-    labels: dict[str, str],
-    seed: int,
-    settings: dict[str, Any],
-    recipe: Recipe,
-    versions: dict[str, str],
-) -> Cell:
+def _cell(grid: str, c: _Combination, labels: dict[str, str], seed: int) -> Cell:
     content = {
         "format": FORMAT,
-        "components": {axis: part.model_dump(mode="json") for axis, part in parts.items()},
+        "components": {axis: part.model_dump(mode="json") for axis, part in c.components.items()},
         "seed": seed,
-        "recipe": recipe.model_dump(mode="json"),
-        "versions": versions,
+        "recipe": c.recipe.model_dump(mode="json"),
+        "versions": c.versions,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-    readable = "-".join(short_label(axis, parts[axis]) for axis in COMPONENT_AXES)
+    readable = "-".join(short_label(axis, c.components[axis]) for axis in COMPONENT_AXES)
     return Cell(
         id=f"{readable}-s{seed}-{digest}",
         grid=grid,
         **labels,
         seed=seed,
-        axes=settings,
-        components=parts,
-        recipe=recipe,
-        versions=versions,
+        axes=c.axes,
+        components=c.components,
+        recipe=c.recipe,
+        versions=c.versions,
     )

@@ -146,7 +146,8 @@ class UpdateRecipe(Strict):
     betas: tuple[Share, Share] = (0.9, 0.999)
     epsilon: Positive = 1e-8
     weight_decay: NotNegative = 1e-4
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Positive | None = 1.0
+    """Gradients are scaled down to this norm; null: not at all."""
 
 
 class EvaluationRecipe(Strict):

@@ -6,6 +6,7 @@ record.json, whatever happens.
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import traceback
@@ -154,7 +155,7 @@ def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
             kl=run.recipe.kl,
             old_is_current=i == 0 and old_decay == 0,
         )
-        norm = torch.nn.utils.clip_grad_norm_(policy.trainable, recipe.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable, recipe.max_grad_norm or math.inf)
         _check("gradient", norm)
         run.optimizer.step()
         decay = run.recipe.evaluation.ema_decay

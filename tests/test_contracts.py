@@ -56,7 +56,7 @@ def test_estimators(name: str) -> None:
         *(
             ELBO(weight=weight, sigma_law=law)
             for weight in ("simple", "path_kl", "adaptive", "x0", "ghuber")
-            for law in ("sampler_grid", "uniform", "logit_normal", "scheduler_density")
+            for law in ("sampler_grid", "uniform", "linear", "logit_normal", "scheduler_density")
         ),
         ELBO(antithetic=True),
         ELBO(weight="path_kl", antithetic=True, unit="nats"),

@@ -15,7 +15,9 @@ import pytest
 import torch
 from pydantic import BaseModel
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
+from ablate import catalogue
 from ablate.cli import app
 from ablate.components import build
 from ablate.contracts import check_estimator, check_objective, check_sampler, roll_out, scene, velocity_at
@@ -95,6 +97,20 @@ def test_the_grid_in_the_docs_plans(grids: Path) -> None:
     assert {"grpo clip_range=0.0001", "grpo", "epg"} == {cell.objective for cell in plan.cells}
 
 
+def test_the_page_of_methods_is_that_of_the_docstrings() -> None:
+    assert PAGES["methods.md"] == catalogue.markdown(), "run: ablate list --markdown > docs/methods.md"
+
+
+def test_every_component_is_listed_with_formula_source_needs_and_level() -> None:
+    result = CliRunner().invoke(app, ["list"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    for table in catalogue.TABLES.values():
+        for entry in catalogue.entries(table):
+            assert re.search(rf"^{entry.name} ", result.output, re.MULTILINE)
+            assert entry.source.split("(")[0].strip()[:40] in " ".join(result.output.split())
+    assert "needs: old; level: term; " in result.output
+
+
 # components
 
 
@@ -102,7 +118,8 @@ def test_the_grid_in_the_docs_plans(grids: Path) -> None:
 def examples(grids: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The components of docs/adding.md as modules that can be imported, one grid for each."""
     monkeypatch.syspath_prepend(str(grids))
-    for code, usage in zip(blocks("adding.md", "python"), blocks("adding.md", "yaml"), strict=True):
+    modules = [code for code in blocks("adding.md", "python") if code.startswith("# my_")]
+    for code, usage in zip(modules, blocks("adding.md", "yaml"), strict=True):
         assert len(code.splitlines()) <= 21, "the file's name and 20 lines"
         module = re.findall(r"# (\w+)\.py", code)[0]
         (grids / f"{module}.py").write_text(code)

@@ -13,7 +13,7 @@ from gaussian_flow import GaussianFlow
 from ablate.contracts import DIMS, roll_out, velocity_at
 from ablate.estimators import ESTIMATORS
 from ablate.estimators.elbo import ELBO, ElboProbe
-from ablate.estimators.laws import UNIFORM, logit_normal, scheduler_density
+from ablate.estimators.laws import LINEAR, UNIFORM, logit_normal, scheduler_density
 from ablate.estimators.protocol import pooled
 from ablate.estimators.trajectory import Trajectory
 from ablate.flow import diffusers_sigmas, linear_sigmas
@@ -138,7 +138,12 @@ def test_the_uniform_law_is_stratified_and_reaches_both_ends() -> None:
     assert torch.equal(strata, torch.arange(50).double().expand(3, -1))
 
 
-LAWS = {"uniform": UNIFORM, "logit_normal": logit_normal(), "scheduler_density": scheduler_density(3.0)}
+LAWS = {
+    "uniform": UNIFORM,
+    "linear": LINEAR,
+    "logit_normal": logit_normal(),
+    "scheduler_density": scheduler_density(3.0),
+}
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -161,7 +166,7 @@ def test_the_scheduler_density_is_that_of_the_shifted_levels() -> None:
     )
 
 
-@pytest.mark.parametrize("law", ["uniform", "logit_normal", "scheduler_density"])
+@pytest.mark.parametrize("law", ["uniform", "linear", "logit_normal", "scheduler_density"])
 def test_with_importance_weights_every_law_estimates_the_same_integral(law: str) -> None:
     """E f under the law = integral of -(1 - s)/s |residual|^2 ds from min_sigma: the bound, whatever the law."""
     estimator = ELBO(weight="path_kl", sigma_law=law, min_sigma=0.1, unit="nats")

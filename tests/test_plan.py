@@ -57,7 +57,7 @@ def planned(tmp_path: Path) -> Any:
     return plan
 
 
-GOLDEN = ["grpo-elbo-simple-sde-s0-dfcd1119", "grpo-trajectory-sde-s0-10612515"]
+GOLDEN = ["grpo-elbo-simple-sde-s0-b5e2e8f8", "grpo-trajectory-sde-s0-c280ed14"]
 
 
 def ids(plan: Plan) -> set[str]:
@@ -84,8 +84,9 @@ def test_every_grid_and_recipe_plans_and_begins_with_a_comment(path: Path, tmp_p
     assert path.read_text().startswith("# ")
     if path.parent.name == "recipes":
         shutil.copytree(path.parent, tmp_path / "recipes")
-        axes = "{objective: [grpo], estimator: [elbo], sampler: [ode]}"
-        (tmp_path / "g.yaml").write_text(f"name: g\nrecipe: {path.stem}\naxes: {axes}\nseeds: [0]\n")
+        axes = "axes: {objective: [grpo], estimator: [elbo], sampler: [ode]}"
+        what = f"cells: [{{recipe: {path.stem}}}]" if "\nmethod:" in path.read_text() else axes
+        (tmp_path / "g.yaml").write_text(f"name: g\nrecipe: {path.stem}\n{what}\nseeds: [0]\n")
         path = tmp_path / "g.yaml"
     plan = make_plan(load_grid(path), identify)
     assert plan.cells
@@ -147,7 +148,7 @@ def test_the_versions_of_reward_and_model_are_in_the_id() -> None:
     grid = load_grid(GRIDS / "tiny.yaml")
     one, other = (make_plan(grid, lambda _, v=version: {"reward": v}).cells[0] for version in ("a", "b"))
     assert one.id != other.id
-    versions = identify(grid.recipe_with({}))
+    versions = identify(grid.parts[0].recipe_with({}))
     assert versions["reward"] == "scenes-1"
     assert len(versions["model"]) == 12
 
@@ -174,7 +175,7 @@ def test_labels_show_what_is_off_its_default_and_tell_values_apart(planned: Any)
         # forwards of the rollout, of old and reference policies and for coupling, and backwards
         (("reinforce", "elbo", "ode"), "{}", (10, 0, 9)),
         (("grpo", "elbo", "ode"), "{}", (10, 4.5, 9)),  # old is current in the first of two updates
-        (("grpo", "elbo", "ode"), "{old_policy: {decay: slow}}", (10, 9, 9)),
+        (("grpo", "elbo", "ode"), "{old_policy: {rate: 0.001, limit: 0.5}}", (10, 9, 9)),
         (("grpo", "trajectory", "sde"), "{}", (10, 0, 9)),  # its old answers are recorded, its last step is not scored
         (("grpo", "trajectory", "mixed"), "{}", (10, 0, 3)),
         (("gspo", "elbo", "ode"), "{update: {updates_per_epoch: 1}}", (10, 0, 9)),
@@ -294,8 +295,8 @@ def test_an_exclusion_by_name_covers_every_value_of_that_name(planned: Any) -> N
 
 
 def test_an_exclusion_names_an_outside_component_as_the_axis_does(planned: Any) -> None:
-    exclude = "{}\nexclude: [{objective: 'ablate.objectives.epg:EPG', reason: x}]"
-    plan = planned(objective="[grpo, 'ablate.objectives.epg:EPG']", override=exclude)
+    exclude = "{}\nexclude: [{objective: 'ablate.objectives.paper:EPG', reason: x}]"
+    plan = planned(objective="[grpo, 'ablate.objectives.paper:EPG']", override=exclude)
     assert {cell.objective for cell in plan.cells} == {"grpo"}
 
 

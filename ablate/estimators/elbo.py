@@ -13,14 +13,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ablate.estimators.laws import UNIFORM, Law, logit_normal, scheduler_density
+from ablate.estimators.laws import LINEAR, UNIFORM, Law, logit_normal, scheduler_density
 from ablate.estimators.protocol import Pool, Unit, in_unit
 from ablate.flow import interpolate, like, mean_square
 from ablate.rollout import Rollout
 from ablate.seeding import Streams
 
 Weight = Literal["adaptive", "simple", "path_kl", "x0", "ghuber"]
-SigmaLaw = Literal["sampler_grid", "uniform", "logit_normal", "scheduler_density"]
+SigmaLaw = Literal["sampler_grid", "uniform", "linear", "logit_normal", "scheduler_density"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,10 @@ class ELBO:
     * weight: `simple` w = 1. `path_kl` w = (1 - s) / s, the bound. `x0` w = s^2. `adaptive` w = s / mean|v - (noise -
       x0)|, its denominator without gradient, of each policy's own residual (so that a difference of two values is not a
       likelihood ratio). `ghuber` f = -s ((E + 1e-10)^p - 1e-10^p) / p, E the mean squared residual, p = `power`.
-    * sigma_law: `sampler_grid` the rollout's own levels without replacement; `uniform`, `logit_normal` (SD 3's training
-      law) and `scheduler_density` (the sampler's levels in the limit of many steps, for this `shift`) are stratified
-      over a sample's points, on [min_sigma, 1): the bound diverges at 0, where it cancels against the decoder's term.
-      null: `uniform` for path_kl, `sampler_grid` otherwise.
+    * sigma_law: `sampler_grid` the rollout's own levels without replacement; `uniform`, `linear` (in
+      proportion to s, as RAM), `logit_normal` (SD 3's training law) and `scheduler_density` (the sampler's levels in
+      the limit of many steps, for this `shift`) are stratified over a sample's points, on [min_sigma, 1): the bound
+      diverges at 0, where it cancels against the decoder's term. null: `uniform` for path_kl, else `sampler_grid`.
     * importance: divide by the density of the law, so that the mean over points estimates the integral over s. null:
       for path_kl alone, which is the bound only then. The grid has no density.
     * antithetic: successive points share their level and have opposite noise, so that k is even.
@@ -150,9 +150,9 @@ class ELBO:
         return sigma**2 * error / scale.to(error).clamp_min(1e-5)
 
     def _law(self) -> Law:
-        if self.law == "logit_normal":
-            return logit_normal()
-        return scheduler_density(self.shift) if self.law == "scheduler_density" else UNIFORM
+        if self.law == "scheduler_density":
+            return scheduler_density(self.shift)
+        return {"uniform": UNIFORM, "linear": LINEAR, "logit_normal": logit_normal()}[self.law]
 
 
 @dataclass(frozen=True, kw_only=True)

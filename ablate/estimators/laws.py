@@ -33,6 +33,7 @@ class Law:
 
 
 UNIFORM = Law(quantile=lambda u: u, distribution=lambda s: s, density=torch.ones_like)
+LINEAR = Law(quantile=torch.sqrt, distribution=torch.square, density=lambda s: 2 * s)
 
 
 def logit_normal(mean: float = 0.0, std: float = 1.0) -> Law:

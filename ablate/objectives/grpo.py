@@ -43,8 +43,8 @@ class GRPO:
 class DrGRPO(GRPO):
     """L = mean max(-A r, -A clip(r, 1 - c, 1 + c)) with A = R - mean, not divided by the group's deviation.
 
-    The plan insists on `advantage.scale: none`. The source's constant length normalisation has no effect here, where all
-    samples have equally many terms.
+    The plan insists on `advantage.scale: none`. The source's constant length normalisation has no effect
+    here, where all samples have equally many terms.
 
     Source: Liu et al. 2025 (arXiv 2503.20783), sec. 3.2.
     """
