@@ -17,7 +17,7 @@ def advantages(reward: Tensor, group: Tensor, recipe: AdvantageRecipe) -> Tensor
     2508.20751). several: how r rewards become one: `sum`; `normalised`, each centred and scaled by itself before the
     sum (GDPO, arXiv 2601.05242); `whitened`, each brought to mean 0 and deviation 1 over the batch before the sum.
     centre: `mean` of the group, or `leave_one_out`, that of the n - 1 others: n / (n - 1) times as much (RLOO,
-    Ahmadian et al. 2024, arXiv 2402.14740, sec. 3.3). scale: `none` 1, `group` the group's standard deviation, `batch`
+    Ahmadian et al. 2024, arXiv 2402.14740, sec. 2.3). scale: `none` 1, `group` the group's standard deviation, `batch`
     that of all rewards (both population form, plus 1e-4). whiten: the result is brought to mean 0 and deviation 1 over
     the batch (GDPO's last step). A group of equal rewards has advantage 0 but for `whiten`, which shifts all alike.
     """

@@ -190,6 +190,8 @@ def _problems(
         yield f"{o} regresses on velocities at noised final samples, and {e} has none: use estimator elbo"
     if "velocity" in objective.needs and estimator.pool != "each":
         yield f"{o} reads the velocity of each point, so {e} cannot pool them: set pool to each"
+    if recipe.update.group_probe == "stratified" and (on_steps or getattr(estimator, "law", None) == "sampler_grid"):
+        yield f"group_probe stratified spreads a continuous law of sigma, and {e} draws from the rollout's own levels"
     if recipe.kl.coef > 0 and recipe.kl.kind.endswith("gaussian_step") and not on_steps:
         yield f"kl.kind {recipe.kl.kind} compares the Gaussians of a rollout's steps, and {e} has none: use velocity"
     for path, wanted in getattr(objective, "demands", {}).items():

@@ -318,3 +318,86 @@ def test_prompt_files_are_checked_where_the_recipe_names_them(grid: Path) -> Non
     first = make_plan(load_grid(grid), identify).cells[0].id
     train.write_text("a cow\n")
     assert make_plan(load_grid(grid), identify).cells[0].id != first
+
+
+# single cells
+
+PRESET = "method: {objective: grpo, estimator: elbo, sampler: ode}\nbudget: {epochs: 2}\n"
+ROWS = """\
+name: g
+recipe: little
+cells:
+  - {recipe: preset}
+  - {recipe: preset, objective: epg, kl.coef: 0.1}
+  - {objective: grpo, estimator: trajectory, sampler: sde, rollout.num_steps: 4}
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def rows(grid: Path) -> Path:
+    (grid.parent / "recipes" / "preset.yaml").write_text(PRESET)
+    grid.write_text(ROWS)
+    return grid
+
+
+def test_single_cells_have_their_recipes_methods_and_fields(rows: Path) -> None:
+    plan = make_plan(load_grid(rows))
+    assert [(c.objective, c.estimator, c.sampler, c.axes) for c in plan.cells if c.seed == 0] == [
+        ("grpo", "elbo-adaptive", "ode", {"recipe": "preset", "kl.coef": 0.0, "rollout.num_steps": 10}),
+        ("epg", "elbo-adaptive", "ode", {"recipe": "preset", "kl.coef": 0.1, "rollout.num_steps": 10}),
+        ("grpo", "trajectory", "sde", {"recipe": "little", "kl.coef": 0.0, "rollout.num_steps": 4}),
+    ]
+    assert len(plan.cells) == 6
+    assert [c.recipe.rollout.num_steps for c in plan.cells if c.seed == 0] == [10, 10, 4]
+    assert plan.order["objective"] == ("grpo", "epg")
+
+
+def test_a_grid_can_vary_what_a_preset_is_made_of(rows: Path) -> None:
+    rows.write_text("name: g\nrecipe: preset\naxes: {estimator: [elbo, trajectory], sampler: [sde]}\nseeds: [0]\n")
+    assert [(c.objective, c.estimator, c.sampler) for c in make_plan(load_grid(rows)).cells] == [
+        ("grpo", "elbo-adaptive", "sde"),
+        ("grpo", "trajectory", "sde"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "parts"),
+    [
+        ("{recipe: preset}", "{recipe: preste}", "g.yaml:4: cells.0.recipe", ["did you mean 'preset'?"]),
+        ("recipe: little\n", "", "g.yaml:5: cells.2.recipe", ["is missing"]),
+        ("{recipe: preset}", "{objective: grpo}", "g.yaml:4: cells.0", ["'estimator' is missing", "has no method"]),
+        ("objective: epg", "objective: epgg", "g.yaml:5: cells.1.objective", ["did you mean 'epg'?"]),
+        ("kl.coef", "kl.ceof", "g.yaml:5: cells.1.kl.ceof", ["unknown axis", "'kl.coef'?"]),
+        ("kl.coef: 0.1", "kl.coef: much", "g.yaml:5: cells.1.kl.coef", ["got 'much'"]),
+        (", objective: epg, kl.coef: 0.1", "", "g.yaml:5: cells.1", ["is the same cell as one before it"]),
+        ("seeds:", "axes: {objective: [grpo]}\nseeds:", "g.yaml:3: cells", ["either axes or cells, got both"]),
+        ("rollout.num_steps: 4", "sampler.x: 1", "g.yaml:6: cells.2.sampler.x", ["unknown axis"]),
+    ],
+)
+def test_mistakes_in_single_cells_are_named_with_their_line(
+    rows: Path, old: str, new: str, place: str, parts: list[str]
+) -> None:
+    changed(rows, old, new)
+    message = problem(rows)
+    assert message.startswith(f"{place}")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("grpo", "preset.yaml:1: method: got 'grpo', expected a mapping with objective, estimator, sampler"),
+        ("{objektive: grpo}", "expected a mapping with objective, estimator, sampler"),
+        (
+            "{objective: grop, estimator: elbo, sampler: ode}",
+            "preset.yaml:1: method.objective: unknown objective 'grop'",
+        ),
+    ],
+)
+def test_mistakes_in_a_method_are_named_in_the_recipe(rows: Path, method: str, message: str) -> None:
+    path = rows.parent / "recipes" / "preset.yaml"
+    path.write_text(PRESET.replace("{objective: grpo, estimator: elbo, sampler: ode}", method))
+    with pytest.raises(InputError, match=re.escape(message)):
+        make_plan(load_grid(rows))

@@ -108,6 +108,53 @@ def test_a_recipe_can_make_a_combination_impossible(planned: Any, setting: str, 
     assert len(plan.cells) + len(plan.excluded) == 2
 
 
+@pytest.mark.parametrize(
+    ("objective", "estimator", "sampler", "override", "reason"),
+    [
+        (
+            "grpo_guard",
+            "elbo",
+            "sde",
+            "{}",
+            "needs the steps of a rollout, their mean and deviation, and elbo has none",
+        ),
+        ("d3po", "elbo", "sde", "{}", "use estimator trajectory"),
+        ("nft", "trajectory", "sde", "{}", "regresses on velocities at noised final samples"),
+        ("grpo", "trajectory", "ode", "{}", "needs transition densities; this sampler is deterministic"),
+        ("grpo", "trajectory", "cps", "{}", "was published with a distance: use estimator cps_distance"),
+        ("grpo", "trajectory", "{name: mixed, step: cps}", "{}", "use estimator cps_distance"),
+        ("grpo", "trajectory", "{name: dpm_sde, order: 2}", "{}", "needs transition densities"),
+        ("grpo", "elbo", "{name: mixed, window: 10}", "{}", "a window of 10 steps does not fit before the last of 10"),
+        ("grpo", "elbo", "dance", "{rollout: {num_steps: 1}}", "needs at least 2 steps, got 1"),
+        ("nft", "{name: elbo, pool: mean}", "ode", "{}", "cannot pool them: set pool to each"),
+        ("rloo", "elbo", "ode", "{}", "is defined by advantage.centre: leave_one_out, and the recipe has mean"),
+        ("dr_grpo", "elbo", "ode", "{advantage: {scale: batch}}", "advantage.scale: none, and the recipe has batch"),
+        ("grpo", "elbo", "sde", "{kl: {coef: 1, kind: gaussian_step}}", "compares the Gaussians of a rollout's steps"),
+        ("grpo", "elbo", "sde", "{update: {group_probe: stratified}}", "draws from the rollout's own levels"),
+    ],
+)
+def test_bad_choices_are_explained(
+    planned: Any, objective: str, estimator: str, sampler: str, override: str, reason: str
+) -> None:
+    plan = planned(f"[{objective}]", f"[{estimator}]", f"[{sampler}]", override=override)
+    assert not plan.cells
+    assert reason in plan.excluded[0].reason
+
+
+@pytest.mark.parametrize(
+    ("objective", "estimator", "sampler"),
+    [
+        ("grpo_guard", "trajectory", "dance"),
+        ("grpo", "trajectory", "{name: cps, use_density: true}"),
+        ("grpo", "cps_distance", "cps"),
+        ("grpo", "elbo", "{name: dpm_sde, order: 2}"),
+        ("grpo", "trajectory", "{name: mixed, window: 9}"),
+    ],
+)
+def test_their_remedies_are_possible(planned: Any, objective: str, estimator: str, sampler: str) -> None:
+    assert planned(f"[{objective}]", f"[{estimator}]", f"[{sampler}]").cells
+
+
 # ids
 
 

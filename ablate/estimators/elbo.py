@@ -2,7 +2,7 @@
 
 With residual D = v(x_sigma, sigma) - (noise - x0), log p(x0) is bounded below by -E[w(sigma) |D|^2] up to a constant,
 with equality for the exact v, when w = (1 - sigma) / sigma and sigma is uniform: the path-space KL of the reverse SDE
-(Song et al. 2021, arXiv 2101.09258, th. 1, in rectified-flow time). The other weights are surrogates.
+(Song et al. 2021, arXiv 2101.09258, in rectified-flow time). The other weights are surrogates.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ELBO:
       path_kl.
     * guard: added to s in the denominator of path_kl; see `released_path_kl`.
 
-    Source: arXiv 2602.04663, eqs. 13 to 15; ghuber: AWM (arXiv 2509.25050), as released.
+    Source: arXiv 2602.04663, eqs. 13 and 14; adaptive as released; ghuber: AWM (arXiv 2509.25050), as released.
     """
 
     weight: Weight = "adaptive"

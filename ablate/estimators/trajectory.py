@@ -43,7 +43,7 @@ class Trajectory:
     pool: what objectives see of the steps; `sum` is the log-density of the path. unit `nats`: D times as much.
     normaliser false drops log(std sqrt(2 pi)), which no ratio notices; see `released_trajectory`.
 
-    Source: Flow-GRPO, Liu et al. 2025 (arXiv 2505.05470), eq. 11 on; DDPO, Black et al. 2023 (arXiv 2305.13301), eq. 4.
+    Source: Flow-GRPO, Liu et al. 2025 (arXiv 2505.05470), eq. 9; DDPO, Black et al. 2023 (arXiv 2305.13301), sec. 4.3.
     """
 
     pool: Pool = "each"

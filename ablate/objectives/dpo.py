@@ -73,10 +73,9 @@ class DPO:
 class D3PO(DPO):
     """L = mean of -log sigmoid(beta [log c(p_w) - log c(p_l)]), p = exp(f - q), c its clip to [1 - eps, 1 + eps].
 
-    DPO on every step of a trajectory. The source sums log-probs over steps and dimensions of a small latent; per
-    dimension, eps never binds.
+    DPO on every step of a trajectory.
 
-    Source: D3PO, Yang et al. 2023 (arXiv 2311.13231), eq. 13 and its release.
+    Source: D3PO, Yang et al. 2023 (arXiv 2311.13231), eq. 14; the clip and both defaults are its release's.
     """
 
     beta: float = 0.1

@@ -46,7 +46,7 @@ class DrGRPO(GRPO):
     The plan insists on `advantage.scale: none`. The source's constant length normalisation has no effect
     here, where all samples have equally many terms.
 
-    Source: Liu et al. 2025 (arXiv 2503.20783), sec. 3.2.
+    Source: Liu et al. 2025 (arXiv 2503.20783), sec. 3.
     """
 
     demands: ClassVar[Mapping[str, str]] = {"advantage.scale": "none"}
@@ -59,7 +59,7 @@ class DAPO:
     Its dynamic sampling is `rollout.resample_rounds`. The source's 0.2 and 0.28 are for text; the default keeps their
     proportion at GRPO's scale.
 
-    Source: Yu et al. 2025 (arXiv 2503.14476), eqs. 8 and 10.
+    Source: Yu et al. 2025 (arXiv 2503.14476), eq. 8.
     """
 
     clip_low: float = 1e-3
@@ -104,7 +104,7 @@ class GMPO:
 
     A geometric mean of the sample's ratios, clipped term by term in log-space, in A's direction alone.
 
-    Source: Zhao et al. 2025 (arXiv 2507.20673), alg. 1.
+    Source: Zhao et al. 2025 (arXiv 2507.20673), eq. 4 and alg. 1.
     """
 
     clip_range: float = 0.4
@@ -128,7 +128,7 @@ class CISPO:
 
     The source's c, for text, hardly ever truncates ratios per latent dimension.
 
-    Source: MiniMax 2025 (arXiv 2506.13585), eq. 4; c as in ScaleRL (arXiv 2510.13786).
+    Source: MiniMax 2025 (arXiv 2506.13585), eqs. 4 and 5; c as in ScaleRL (arXiv 2510.13786).
     """
 
     max_ratio: float = 5.0
@@ -152,7 +152,7 @@ class SAPO:
 
     Its slope at r = 1 is A.
 
-    Source: Gao et al. 2025 (arXiv 2511.20347), eq. 5.
+    Source: Gao et al. 2025 (arXiv 2511.20347), eqs. 5 and 6.
     """
 
     tau_positive: float = 1.0

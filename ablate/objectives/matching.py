@@ -18,7 +18,7 @@ from ablate.rollout import Evaluation
 class Kimi:
     """L = mean((A - tau log r)^2). At tau = 1, twice `par` without its ratio.
 
-    Source: Kimi k1.5, Team 2025 (arXiv 2501.12599), eq. 3, with A = R - mean.
+    Source: Kimi k1.5, Kimi Team 2025 (arXiv 2501.12599), sec. 2.3.2, with A = R - mean; its gradient is eq. 3.
     """
 
     tau: float = 1.0
@@ -39,7 +39,7 @@ class TB:
 
     Trajectory balance with the batch estimate of its partition function (VarGrad).
 
-    Source: Malkin et al. 2022 (arXiv 2201.13259), eq. 14; log Z as in Richter et al. 2020 (arXiv 2010.10436).
+    Source: Malkin et al. 2022 (arXiv 2201.13259); log Z as in VarGrad, Richter et al. 2020 (arXiv 2010.10436).
     """
 
     tau: float = 1.0
@@ -64,7 +64,7 @@ class CRD:
     without gradient. loss `bce`: cross-entropy of sigmoid(R - mean_g R). The source measures log r with the adaptive
     error without its factor s, and centres over the batch of a device.
 
-    Source: Flow-Factory's crd.py, uniform weighting.
+    Source: centred reward distillation (arXiv 2603.14128), as in Flow-Factory's crd.py with uniform weighting.
     """
 
     beta: float = 1.0

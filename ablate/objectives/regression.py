@@ -27,7 +27,7 @@ class NFT:
     of REINFORCE on the adaptive ELBO, for every beta. beta is 1 for GenEval, PickScore and HPSv2 upstream, 0.1 for OCR
     and in the port of arXiv 2602.04663. With `advantage: {scale: batch}`.
 
-    Source: DiffusionNFT, Zheng et al. 2025 (arXiv 2509.16117), eqs. 5 to 7, and its release.
+    Source: DiffusionNFT, Zheng et al. 2025 (arXiv 2509.16117), eq. 5 and sec. 3.3; M / beta as released.
     """
 
     beta: float = 1.0
@@ -120,7 +120,7 @@ class RWR:
     With the simple ELBO and `sigma_law: logit_normal`, Flow-GRPO's `rwr` on SD 3's training law. w is the raw reward,
     so that the fields of `advantage` do not apply, and rewards that are all equal still move the policy.
 
-    Source: Lee et al. 2023 (arXiv 2302.12192), eq. 4; exponential form: ORW-CFM-W2 (arXiv 2502.06061), eq. 9.
+    Source: Lee et al. 2023 (arXiv 2302.12192); exponential form: ORW-CFM-W2 (arXiv 2502.06061).
     """
 
     temperature: float | None = None

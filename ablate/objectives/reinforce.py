@@ -19,7 +19,7 @@ class Reinforce:
 
     On a trajectory, the mean over its steps; `pool: sum` of the estimator sums them.
 
-    Source: Williams 1992, eq. 4.
+    Source: Williams 1992, "Simple statistical gradient-following algorithms".
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -36,7 +36,7 @@ class RLOO:
     The baseline is `advantage: {centre: leave_one_out, scale: none}`, on which the plan insists. With `kl_coef` b, the
     reward is R - b sg(f - q), averaged over points, and so is centred with it.
 
-    Source: Ahmadian et al. 2024 (arXiv 2402.14740), eqs. 6 and 7; the KL in the reward as in TRL.
+    Source: Ahmadian et al. 2024 (arXiv 2402.14740), sec. 2.3, and eq. 3 for the KL in the reward.
     """
 
     kl_coef: float = 0.0

@@ -19,9 +19,9 @@ class GRPOGuard:
 
     The plain log-ratio of a step is mean_D(z u) / std - |u|^2 / (2 D std^2): negative on average, and of another scale
     at every step. The normalised one has mean 0 and one scale, so that the clip is reached on both sides at all steps.
-    `per_dt` divides each term by |dt|, as the source's code does and Flow-Factory's does not.
+    `per_dt` divides each term by |dt|, as the source does and Flow-Factory's copy does not.
 
-    Source: GRPO-Guard, Wang et al. 2025 (arXiv 2510.22319), sec. 4 (RatioNorm).
+    Source: GRPO-Guard, Wang et al. 2025 (arXiv 2510.22319), eqs. 8 and 12.
     """
 
     clip_range: float = 2e-6
@@ -47,9 +47,10 @@ class GRPOGuard:
 class TempFlow:
     """L = mean(std max(-A r, -A clip(r, 1 - c, 1 + c))): noisier steps, which explore more, weigh more.
 
-    std is the deviation of the step, g sqrt(|dt|). Made for sampler `mixed` with policy `branch`.
+    std is the deviation of the step, g sqrt(|dt|); the paper scales it to mean 1 over the schedule, which the learning
+    rate absorbs. Made for sampler `mixed` with policy `branch`.
 
-    Source: TempFlow-GRPO, He et al. 2025 (arXiv 2508.04324), eq. 9.
+    Source: TempFlow-GRPO, He et al. 2025 (arXiv 2508.04324), noise-aware weighting.
     """
 
     clip_range: float = 1e-4

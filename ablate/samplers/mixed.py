@@ -25,15 +25,14 @@ class Mixed:
     comparable. It never holds the last step, whose standard deviation is up to a hundred times smaller, and starts in
     the first `until` of the schedule.
 
-    policy `random`: a new place every epoch. `progressive`: from noise to data, `epochs_per_place` epochs at each
-    place, `stride` steps further, then from the start again. `exp_decay`: progressive, with
-    ceil(epochs_per_place exp(-decay max(place - decay_from, 0))) epochs at a place. `branch`: one random step, whatever
-    `window` says; with `rollout.noise: group` all samples of a prompt share the path up to it, so that the reward is
-    credited to that step alone (TempFlow-GRPO).
+    * policy: `random`, a new place every epoch. `progressive`, from noise to data, `epochs_per_place` epochs at each
+      place, `stride` steps further, then from the start again (the release's `roll_back`; the paper stops).
+      `exp_decay`, progressive with ceil(epochs_per_place exp(-decay max(place - decay_from, 0))) epochs at a place.
+      `branch`, one random step, whatever `window` says: with `rollout.noise: group` all samples of a prompt share the
+      path up to it, so that the reward is credited to that step alone (TempFlow-GRPO).
+    * step: `flow` as in `sde`, `cps` as in `cps`, each with this `noise_level`.
 
-    step `flow`: of `sde`, `cps`: of `cps`, each with this `noise_level`.
-
-    Source: MixGRPO, Li et al. 2025 (arXiv 2507.21802), sec. 3.2; Flow-GRPO-Fast; TempFlow-GRPO (arXiv 2508.04324).
+    Source: MixGRPO, Li et al. 2025 (arXiv 2507.21802), secs. 3.1 and 3.2; TempFlow-GRPO (arXiv 2508.04324).
     """
 
     noise_level: float = 0.7

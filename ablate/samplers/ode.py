@@ -22,7 +22,7 @@ class ODE:
     Leaves no transition densities, so only estimators that need the final sample alone can follow it. `dpm1`, the
     first order of `dpm2`, is the same step as `euler`.
 
-    Source: DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095), alg. 2 and eq. 12.
+    Source: DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095), alg. 2.
     """
 
     solver: Literal["euler", "dpm1", "dpm2"] = "euler"

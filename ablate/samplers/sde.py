@@ -66,7 +66,7 @@ class DDIM(StepSampler):
     """x' ~ N((1 - s') x0 + sqrt(s'^2 - std^2) noise, std^2), std = eta s' sqrt(1 - [s' (1 - s) / (s (1 - s'))]^2).
 
     x0 and noise are the predicted ones. eta = 0 would be Euler; eta = 1 is the first-order `dpm_sde`. The last step
-    has no noise. The sampler of DDPO and D3PO (eta 1, 50 steps) in rectified-flow terms.
+    has no noise. The sampler of DDPO and D3PO, in rectified-flow terms.
 
     Source: Song et al. 2021 (arXiv 2010.02502), eqs. 12 and 16.
     """
@@ -127,7 +127,7 @@ class DPMSolverSDE(StepSampler):
     order 1: m is the predicted x0; the same step as `ddim` with eta 1. order 2: m = x0 + (h / 2 h0)(x0 - x0 before),
     which depends on two network answers, so that no single evaluation gives its density: order 2 leaves none.
 
-    Source: DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095), app. D; MixGRPO-Flash.
+    Source: DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095), its SDE form; MixGRPO-Flash (arXiv 2507.21802).
     """
 
     order: Literal[1, 2] = 1

@@ -47,7 +47,7 @@ def sde_step(sigma: float, next_sigma: float, diffusion: float) -> Step:
     """Euler-Maruyama on the reverse SDE with the flow's own marginals, for any diffusion g >= 0.
 
     dx = [v + g^2 (x + (1 - sigma) v) / (2 sigma)] dt + g dw, since the score is -(x + (1 - sigma) v) / sigma;
-    Liu et al. 2025 (Flow-GRPO), eq. 7.
+    Liu et al. 2025 (Flow-GRPO), eq. 8.
     """
     dt, half = next_sigma - sigma, diffusion**2 / (2 * sigma)
     return Step(

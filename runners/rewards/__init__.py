@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from ablate.source import FieldError, choices
 from runners.rewards.combination import WeightedSum
@@ -10,7 +11,11 @@ from runners.rewards.compressibility import JpegReward
 from runners.rewards.protocol import Reward, RewardOutput
 from runners.rewards.scenes import ScenesReward
 
-REWARDS: Mapping[str, Callable[[], Reward]] = {"scenes": ScenesReward, "jpeg": JpegReward}
+REWARDS: Mapping[str, Callable[[], Reward]] = {
+    "scenes": ScenesReward,
+    "released_scenes": partial(ScenesReward, released=True),
+    "jpeg": JpegReward,
+}
 
 
 def load_reward(spec: str | Mapping[str, float]) -> Reward:

@@ -2,7 +2,7 @@
 
 Source: Ghosh et al. 2023 (arXiv 2310.11513), `evaluate_images.py`; partial credit as in the training reward of
 Flow-GRPO and DiffusionNFT, with two repairs: every term is at least 0, and a violated position does not also earn
-the satisfied term.
+the satisfied term. `released` takes both back.
 """
 
 from __future__ import annotations
@@ -53,10 +53,12 @@ def relations(a: Detection, b: Detection) -> set[str]:
     return {relation for relation, holds in held.items() if holds}
 
 
-def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
+def judge(detections: Sequence[Detection], prompt: Prompt, *, released: bool = False) -> Verdict:
     """Whether the detections fulfil the prompt. Objects that no requirement names are ignored, as in GenEval.
 
     A violated `exclude` makes an image inaccurate and leaves its score alone, as in GenEval and its training reward.
+    With `released`, the score is that of the released training reward: the term of a count can be negative, and a
+    violated position also earns the satisfied term.
     """
     terms: list[float] = []
     reasons: list[str] = []
@@ -64,7 +66,8 @@ def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
     for requirement in prompt.include:
         wanted, count = requirement.cls, requirement.count
         found = [d for d in detections if d.cls == wanted]
-        terms.append(max(0.0, 1 - abs(count - len(found)) / count))
+        term = 1 - abs(count - len(found)) / count
+        terms.append(term if released else max(0.0, term))
         if len(found) != count:
             reasons.append(f"expected {wanted}={count}, found {len(found)}")
             terms += [0.0] * ((requirement.color is not None) + (requirement.position is not None))
@@ -87,7 +90,7 @@ def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
                 terms.append(1.0)
             else:
                 reasons.append(f"expected {wanted} {relation} {prompt.include[target].cls}")
-                terms.append(0.0)
+                terms += [0.0, 1.0] if released else [0.0]
     for unwanted in prompt.exclude:
         num_found = sum(d.cls == unwanted.cls and unwanted.color in (None, d.color) for d in detections)
         if num_found >= unwanted.count:

@@ -28,12 +28,19 @@ _GEOMETRY = {"circle": (np.pi, 0.0), "square": (4 * SQUARE_SIDE**2, 0.0), "trian
 
 
 class ScenesReward:
-    """`accuracy` (all requirements exactly met) and `score` (partial credit); the score is what is trained on."""
+    """`accuracy` (all requirements exactly met) and `score` (partial credit); the score is what is trained on.
 
-    identity = "scenes-1"
+    `released` scores as GenEval's released training reward does; see `judge`.
+    """
+
+    def __init__(self, *, released: bool = False) -> None:
+        self.released = released
+        self.identity = "released-scenes-1" if released else "scenes-1"
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> RewardOutput:
-        verdicts = [judge(detect(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
+        verdicts = [
+            judge(detect(image), prompt, released=self.released) for image, prompt in zip(images, prompts, strict=True)
+        ]
         return RewardOutput(
             score=np.array([v.score for v in verdicts]),
             parts={"accuracy": np.array([float(v.accurate) for v in verdicts])},

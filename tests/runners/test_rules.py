@@ -56,6 +56,13 @@ def test_a_wrong_color_earns_the_count(colors: list[str], score: float, reason: 
     assert verdict.accurate == (reason is None)
 
 
+def test_the_released_form_is_negative_for_many_and_pays_a_violated_position() -> None:
+    """Golden numbers: five of two -0.5; a violated position in an otherwise perfect image 0.75, a satisfied one 1."""
+    assert judge([at("cat")] * 5, prompt(cats(2)), released=True).score == -0.5
+    assert judge([at("cat", 50), at("dog", 80)], DOG_LEFT_OF_CAT, released=True).score == 0.75
+    assert judge([at("cat", 50), at("dog", 20)], DOG_LEFT_OF_CAT, released=True).score == 1
+
+
 def test_a_wrong_count_earns_neither_color_nor_position() -> None:
     verdict = judge([at("cat"), at("cat")], prompt(cats(1, color="red")))
     assert (verdict.score, verdict.reasons) == (0, ("expected cat=1, found 2",))

@@ -1,0 +1,59 @@
+"""Rewards that need no model, and their sums."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ablate.source import FieldError
+from runners.prompts import Prompt
+from runners.rewards import load_reward
+from runners.rewards.text import quoted, text_score
+
+PROMPTS = [Prompt(text="a"), Prompt(text="b")]
+FLAT = np.full((32, 32, 3), 128, np.uint8)
+NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("target", "read", "score"),
+    [
+        ("Open", "we are OPEN now", 1),  # part of what was read
+        ("open now", "o p e n n o w", 1),  # spaces do not count
+        ("open", "opan", 0.75),
+        ("open", "nothing like it at all", 0),  # the distance is capped
+        ("open", "", 0),
+        ("", "anything", 0),  # the released rule divides by zero
+    ],
+)
+def test_the_text_of_a_prompt_is_compared_with_what_was_read(target: str, read: str, score: float) -> None:
+    assert text_score(target, read) == pytest.approx(score)
+
+
+def test_the_text_is_what_stands_in_quotes() -> None:
+    assert quoted('a sign that says "Mind the gap" and "another"') == "Mind the gap"
+    assert quoted('a sign that says "nothing') == quoted("a sign") == ""
+
+
+def test_flat_images_compress_better() -> None:
+    flat, noise = load_reward("jpeg")(np.stack([FLAT, NOISE]), PROMPTS).score
+    assert 0 > flat > noise
+
+
+def test_a_sum_of_rewards_has_their_weighted_terms_and_records_each() -> None:
+    images = np.stack([FLAT, NOISE])
+    both = load_reward({"scenes": 2, "jpeg": 0.5})
+    output = both(images, PROMPTS)
+    scenes, jpeg = (load_reward(name)(images, PROMPTS).score for name in ("scenes", "jpeg"))
+    np.testing.assert_allclose(output.terms, np.stack([2 * scenes, 0.5 * jpeg], 1))
+    np.testing.assert_allclose(output.score, 2 * scenes + 0.5 * jpeg)
+    assert output.parts.keys() == {"accuracy", "scenes", "jpeg"}
+    assert both.identity == "2 scenes-1 + 0.5 jpeg-1"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"), [("scnes", "did you mean 'scenes'"), ({"jpg": 1}, "did you mean 'jpeg'"), ({}, "no reward")]
+)
+def test_unknown_rewards_are_named(spec, message: str) -> None:
+    with pytest.raises(FieldError, match=message):
+        load_reward(spec)
