@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ablate.estimators.elbo import ELBO
+from ablate.estimators.protocol import pooled
 from ablate.estimators.trajectory import Trajectory
 from ablate.flow import diffusers_sigmas
 from ablate.objectives.protocol import NEEDS
@@ -76,8 +77,7 @@ class Scene:
             return value if need in declared else None
 
         def score(v: Tensor) -> Tensor:
-            value: Tensor = self.estimator.log_prob(v, self.probe)
-            return value
+            return pooled(self.estimator.log_prob(v, self.probe), self.estimator.pool)
 
         velocities = "velocity" in declared
         return Evaluation(

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,20 +91,19 @@ class Policy:
         return exact + features @ (self.weights if weights is None else weights)
 
 
-def scene_of(objective: str, estimator: str, sampler: str) -> tuple[Scene, Policy, Tensor]:
-    chosen, scored = OBJECTIVES[objective](), ESTIMATORS[estimator]()
-    rollout = roll_out(SAMPLERS[sampler]())
+def scene_of(objective: Any, estimator: Any, sampler: Any) -> tuple[Scene, Policy, Tensor]:
+    rollout = roll_out(sampler)
     group = torch.arange(GROUPS).repeat_interleave(SIZE)
-    samples = group.tolist() if chosen.level == "group" else range(len(group))
-    probe = scored.probe(rollout, num_points=POINTS, streams=streams(1, "probe", samples=samples))
+    samples = group.tolist() if objective.level == "group" else range(len(group))
+    probe = estimator.probe(rollout, num_points=POINTS, streams=streams(1, "probe", samples=samples))
     current, old, reference = (Policy(seed) for seed in range(3))
     exact = torch.zeros_like(probe.x) if probe.rollout_velocity is None else probe.rollout_velocity
     scene = Scene(
-        objective=chosen,
-        estimator=scored,
+        objective=objective,
+        estimator=estimator,
         probe=probe,
         velocity=current(probe, exact),
-        old_velocity=exact if "transitions" in scored.needs else old(probe, exact),
+        old_velocity=exact if "transitions" in estimator.needs else old(probe, exact),
         reference_velocity=reference(probe, exact),
         advantage=torch.randn(len(group), generator=torch.Generator().manual_seed(7), dtype=torch.float64),
         group=group,
@@ -111,23 +111,76 @@ def scene_of(objective: str, estimator: str, sampler: str) -> tuple[Scene, Polic
     return scene, current, exact
 
 
+def check_gradient(objective: Any, estimator: Any, sampler: Any, monkeypatch: pytest.MonkeyPatch) -> float:
+    """In one direction, the gradient is the central difference of the loss. Returns its largest entry."""
+    scene, policy, exact = scene_of(objective, estimator, sampler)
+    direction = torch.randn(policy.weights.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    h = 1e-6
+    with stopped_gradients(monkeypatch) as replay:
+        weights = policy.weights.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(scene.loss(policy(scene.probe, exact, weights)), weights)
+        values = []
+        for sign in (1, -1):
+            replay()
+            values.append(float(scene.loss(policy(scene.probe, exact, policy.weights + sign * h * direction))))
+    expected = (values[0] - values[1]) / (2 * h)
+    found = float((gradient * direction).sum())
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-7), (estimator, sampler)
+    return float(gradient.abs().max())
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradients_match_finite_differences(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All names of all tables, with their defaults: about 900 combinations in a few seconds."""
     combinations = legal(objective)
     assert combinations
     for estimator, sampler in combinations:
-        scene, policy, exact = scene_of(objective, estimator, sampler)
-        direction = torch.randn(policy.weights.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-        h = 1e-6
-        with stopped_gradients(monkeypatch) as replay:
-            weights = policy.weights.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(scene.loss(policy(scene.probe, exact, weights)), weights)
-            values = []
-            for sign in (1, -1):
-                replay()
-                moved = policy(scene.probe, exact, policy.weights + sign * h * direction)
-                values.append(float(scene.loss(moved)))
-        expected = (values[0] - values[1]) / (2 * h)
-        found = float((gradient * direction).sum())
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-7), (estimator, sampler)
-        assert float(gradient.abs().max()) > 0, (estimator, sampler)
+        parts = (OBJECTIVES[objective](), ESTIMATORS[estimator](), SAMPLERS[sampler]())
+        assert check_gradient(*parts, monkeypatch) > 0, (estimator, sampler)
+
+
+VARIANTS = {
+    "estimator": [
+        *(
+            {"name": "elbo", "weight": weight, "sigma_law": law, "pool": pool}
+            for weight, law, pool in itertools.product(
+                ("adaptive", "simple", "path_kl", "x0", "ghuber"),
+                ("sampler_grid", "uniform", "linear", "logit_normal", "scheduler_density"),
+                ("each", "mean", "sum"),
+            )
+        ),
+        {"name": "elbo", "weight": "simple", "sigma_law": "logit_normal", "importance": True},
+        {"name": "elbo", "antithetic": True},
+        {"name": "elbo", "xt_from_rollout": True},
+        {"name": "elbo", "weight": "simple", "unit": "nats"},
+        *({"name": "trajectory", "pool": p, "unit": u} for p in ("each", "mean", "sum") for u in ("dimension", "nats")),
+    ],
+    "sampler": [
+        {"name": "ode", "solver": "dpm2"},
+        {"name": "sde", "score_last": True},
+        {"name": "ddim", "eta": 0.3},
+        {"name": "dpm_sde", "order": 2},
+        {"name": "cps", "use_density": True},
+        *({"name": "mixed", "policy": policy} for policy in ("random", "progressive", "exp_decay", "branch")),
+    ],
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradients_of_all_variants_match_finite_differences(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = 0
+    recipe = RECIPE.model_copy(update={"advantage": RECIPE.advantage.model_copy(update=demanded(objective))})
+    for chosen in itertools.product(VARIANTS["estimator"], VARIANTS["sampler"]):
+        parts = [
+            OBJECTIVES[objective](),
+            *(
+                table[spec["name"]](**{k: v for k, v in spec.items() if k != "name"})
+                for table, spec in zip((ESTIMATORS, SAMPLERS), chosen, strict=True)
+            ),
+        ]
+        names = {"objective": objective, "estimator": chosen[0]["name"], "sampler": chosen[1]["name"]}
+        if impossible(names, *parts, recipe) is None:
+            check_gradient(*parts, monkeypatch)
+            checked += 1
+    assert checked

@@ -187,3 +187,10 @@ def test_the_outside_estimator_is_the_x0_error_weighted_by_the_clipped_snr(examp
 def test_the_outside_sampler_is_ddim_at_eta_sqrt_2(examples: Path) -> None:
     kind = type(example(examples, "sampler"))
     torch.testing.assert_close(roll_out(kind(eta=2**0.5)).x0, roll_out(DDIM(eta=1)).x0)
+
+
+def test_the_component_of_the_readme_keeps_its_contracts() -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    check_objective(namespace["SoftClip"]())
