@@ -50,20 +50,24 @@ class Entry:
     notes: str
     source: str
     facts: Mapping[str, str]  # needs, level, ... in words
-    parameters: Mapping[str, tuple[str, str]]  # default and what is allowed
+    parameters: Mapping[str, tuple[str, str]]  # default and what is allowed; without those that are as in `base`
+    base: str | None  # the component that it is a preset of
 
 
 def entries(table: Mapping[str, Callable[..., Any]]) -> Iterator[Entry]:
     """The components of a table, in its order."""
     for name, kind in table.items():
         formula, *notes, source = (inspect.getdoc(kind) or "").split("\n\n")
+        base = next((other for other, of in table.items() if of in inspect.getmro(kind)[1:]), None)  # type: ignore[arg-type]
+        inherited = _parameters(table[base]) if base else {}
         yield Entry(
             name=name,
             formula=_line(formula),
             notes="\n\n".join(notes),
             source=_line(source.removeprefix("Source: ")),
             facts=_facts(kind()),
-            parameters=_parameters(kind),
+            parameters={n: p for n, p in _parameters(kind).items() if inherited.get(n) != p},
+            base=base,
         )
 
 
@@ -97,6 +101,8 @@ def _section(entry: Entry) -> str:
     lines = [f"### {entry.name}\n", _escaped(entry.formula) + "\n"]
     if entry.notes:
         lines.append(_escaped(entry.notes) + "\n")
+    if entry.base:
+        lines.append(f"Parameters as `{entry.base}`{', but:' if entry.parameters else '.'}\n")
     if entry.parameters:
         lines.append("| parameter | default | |\n|---|---|---|")
         lines += [f"| `{n}` | `{default}` | {allowed} |" for n, (default, allowed) in entry.parameters.items()]

@@ -256,8 +256,6 @@ def test_the_distance_of_cps_is_its_density_without_the_deviation() -> None:
     density = ESTIMATORS["released_trajectory"]().log_prob(velocity, probe)
     distance = ESTIMATORS["cps_distance"]().log_prob(velocity, probe)
     torch.testing.assert_close(distance, 2 * probe.std**2 * density)
-    with pytest.raises(ValueError, match="a distance has no normaliser"):
-        ESTIMATORS["cps_distance"](normaliser=True)
 
 
 def test_a_recording_in_bfloat16_is_scored_in_full_precision() -> None:

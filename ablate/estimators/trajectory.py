@@ -34,22 +34,11 @@ class TrajectoryProbe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trajectory:
-    """f = log N(x'; mean(x, v), std^2) / D = -|x' - mean|^2 / (2 D std^2) - log(std sqrt(2 pi)) for every step.
-
-    The steps are the sampler's own, with its mean and std, evaluated on the latents as they were recorded. Every
-    scored step is a point; with fewer points, steps are drawn for each sample without replacement.
-
-    pool: what objectives see of the steps; `sum` is the log-density of the path. unit `nats`: D times as much.
-    normaliser false drops log(std sqrt(2 pi)), which no ratio notices; see `released_trajectory`.
-
-    Source: Flow-GRPO, Liu et al. 2025 (arXiv 2505.05470), eq. 9; DDPO, Black et al. 2023 (arXiv 2305.13301), sec. 4.3.
-    """
+class _Steps:
+    """Estimators whose points are recorded steps."""
 
     pool: Pool = "each"
     unit: Unit = "dimension"
-    normaliser: bool = True
-    needs = frozenset({"transitions", "density"})
 
     def num_points(self, asked: int | None, num_steps: int, num_scored: int) -> int:
         return min(asked or num_scored, num_scored)
@@ -71,6 +60,24 @@ class Trajectory:
             velocity_coef=steps.velocity_coef[index].to(device),
             std=steps.std[index].to(device),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory(_Steps):
+    """f = log N(x'; mean(x, v), std^2) / D = -|x' - mean|^2 / (2 D std^2) - log(std sqrt(2 pi)) for every step.
+
+    The steps are the sampler's own, with its mean and std, evaluated on the latents as they were recorded. Every
+    scored step is a point; with fewer points, steps are drawn for each sample without replacement.
+
+    * pool: what objectives see of the steps; `sum` is the log-density of the path.
+    * unit: `nats` is D times as much.
+    * normaliser: false drops log(std sqrt(2 pi)), which no ratio notices; see `released_trajectory`.
+
+    Source: Flow-GRPO, Liu et al. 2025 (arXiv 2505.05470), eq. 9; DDPO, Black et al. 2023 (arXiv 2305.13301), sec. 4.3.
+    """
+
+    normaliser: bool = True
+    needs = frozenset({"transitions", "density"})
 
     def log_prob(self, velocity: Tensor, probe: TrajectoryProbe) -> Tensor:
         error = mean_square(probe.deviation(velocity), 2)
@@ -95,7 +102,7 @@ class ReleasedTrajectory(Trajectory):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPSDistance(Trajectory):
+class CPSDistance(_Steps):
     """f = -|x' - mean|^2 / D for every step: not a log-density, but what Flow-CPS was published with.
 
     Differs from `trajectory` by the factor 2 std^2 and the normaliser; the clip range has to absorb the scale (1e-5 in
@@ -104,12 +111,7 @@ class CPSDistance(Trajectory):
     Source: Flow-CPS, Wang and Yu 2025 (arXiv 2509.05952), as in Flow-GRPO's and Flow-Factory's release.
     """
 
-    normaliser: bool = False
     needs = frozenset({"transitions"})
-
-    def __post_init__(self) -> None:
-        if self.normaliser:
-            raise ValueError("a distance has no normaliser; use trajectory")
 
     def log_prob(self, velocity: Tensor, probe: TrajectoryProbe) -> Tensor:
         return in_unit(-mean_square(probe.deviation(velocity), 2), velocity, self.unit)
