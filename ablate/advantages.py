@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,26 +12,31 @@ from ablate.recipe import AdvantageRecipe
 EPSILON = 1e-4  # added to standard deviations, as Flow-GRPO does
 
 
-def advantages(reward: Tensor, group: Tensor, recipe: AdvantageRecipe) -> Tensor:
-    """A = coef (R - centre) / scale, clipped; reward [b], or [b, r] of r rewards, and group [b] -> [b].
+def advantages(
+    reward: Tensor, group: Tensor, recipe: AdvantageRecipe, weights: Sequence[float] | None = None
+) -> Tensor:
+    """A = coef (R - centre) / scale, clipped; reward [b], or r rewards [b, r] with weights [r], and group [b] -> [b].
 
     transform: `win_rate` replaces a reward by the share of its group that it beats (Pref-GRPO, Wang et al. 2025, arXiv
-    2508.20751). several: how r rewards become one: `sum`; `normalised`, each centred and scaled by itself before the
-    sum (GDPO, arXiv 2601.05242); `whitened`, each brought to mean 0 and deviation 1 over the batch before the sum.
-    centre: `mean` of the group, or `leave_one_out`, that of the n - 1 others: n / (n - 1) times as much (RLOO,
-    Ahmadian et al. 2024, arXiv 2402.14740, sec. 2.3). scale: `none` 1, `group` the group's standard deviation, `batch`
-    that of all rewards (both population form, plus 1e-4). whiten: the result is brought to mean 0 and deviation 1 over
-    the batch (GDPO's last step). A group of equal rewards has advantage 0 but for `whiten`, which shifts all alike.
+    2508.20751). several: how r rewards become one: `sum`, weighted; `normalised`, each centred and scaled by itself
+    before the weighted sum (GDPO, arXiv 2601.05242); `whitened`, each brought to mean 0 and deviation 1 over the batch
+    before the weighted sum. centre: `mean` of the group, or `leave_one_out`, that of the n - 1 others: n / (n - 1)
+    times as much (RLOO, Ahmadian et al. 2024, arXiv 2402.14740, sec. 2.3). scale: `none` 1, `group` the group's
+    standard deviation, `batch` that of all rewards (both population form, plus 1e-4). whiten: the result is brought to
+    mean 0 and deviation 1 over the batch (GDPO's last step). A group of equal rewards has advantage 0 but for `whiten`,
+    which shifts all alike.
     """
     _, index = torch.unique(group, return_inverse=True)
     each = reward[:, None] if reward.ndim == 1 else reward  # [b, r]
+    weight = each.new_tensor([1.0] * each.shape[1] if weights is None else list(weights))
     if recipe.transform == "win_rate":
         each = win_rate(each, index)
     if recipe.several == "whitened":
         each = _whitened(each)
-    if recipe.several != "normalised":
-        each = each.sum(1, keepdim=True)
-    advantage = recipe.coef * _centred_and_scaled(each, index, recipe).sum(1)
+    if recipe.several == "normalised":
+        advantage = recipe.coef * (_centred_and_scaled(each, index, recipe) @ weight)
+    else:
+        advantage = recipe.coef * _centred_and_scaled((each @ weight)[:, None], index, recipe)[:, 0]
     if recipe.whiten:
         advantage = _whitened(advantage)
     return advantage if recipe.clip is None else advantage.clamp(-recipe.clip, recipe.clip)

@@ -11,13 +11,18 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ablate.recipe import Strict
+from ablate.recipe import Strict, recipe_fields
 from ablate.source import InputError, Location, Source, choices, message, shown
 
 MEMBERS = {  # what a class from the outside must have; the protocols say it in full
     "objective": ("needs", "level", "__call__"),
     "estimator": ("needs", "pool", "num_points", "probe", "log_prob"),
     "sampler": ("leaves", "num_scored", "problem", "sample"),
+}
+DECLARED = {  # the words of `needs`, and for a sampler of `leaves`
+    "objective": ("old", "reference", "reward", "velocity", "target", "transitions"),
+    "estimator": ("transitions", "density", "latents"),
+    "sampler": ("transitions", "density"),
 }
 
 
@@ -56,6 +61,7 @@ def resolve(axis: str, value: Any, source: Source, location: Location) -> tuple[
             raise source.error((*location, key), f"{name}: got {v}, expected a finite number")
     try:
         instance = kind(**given)
+        _check_declarations(axis, instance)
     except (ValueError, TypeError) as error:
         raise source.error(location, f"{name}: {error}") from None
     return Component(name=name, **dataclasses.asdict(instance)), instance
@@ -116,3 +122,14 @@ def _outside(axis: str, name: str) -> Any:
         if not hasattr(kinds[attribute], member):
             raise InputError(f"{axis} {name!r} has no {member!r}; see ablate/{axis}s/protocol.py")
     return kinds[attribute]
+
+
+def _check_declarations(axis: str, instance: Any) -> None:
+    """Refuse words in `needs`, `leaves` and `demands` that nobody knows. Raises ValueError."""
+    member = "leaves" if axis == "sampler" else "needs"
+    for word in getattr(instance, member):
+        if word not in DECLARED[axis]:
+            raise ValueError(f"{member} {word!r} is unknown{choices(word, DECLARED[axis])}")
+    for path in getattr(instance, "demands", {}):
+        if path not in (fields := list(recipe_fields())):
+            raise ValueError(f"demands {path!r} is no recipe field{choices(path, fields, [])}")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ablate.components import DECLARED
 from ablate.estimators.elbo import ELBO
 from ablate.estimators.protocol import pooled
 from ablate.estimators.trajectory import Trajectory
 from ablate.flow import diffusers_sigmas
-from ablate.objectives.protocol import NEEDS
 from ablate.rollout import Evaluation, Rollout, take
 from ablate.samplers.ode import ODE
 from ablate.samplers.sde import FlowSDE
@@ -134,7 +134,8 @@ def scene(
 
 def check_objective(objective: Any) -> None:
     """Needs, level, scalars, no gradient without a difference in reward, the right direction, a mean over units."""
-    assert objective.needs <= set(NEEDS), f"needs {set(objective.needs) - set(NEEDS)} do not exist"
+    unknown = set(objective.needs) - set(DECLARED["objective"])
+    assert not unknown, f"needs {unknown} do not exist"
     assert objective.level in ("term", "sample", "group"), f"level {objective.level!r} does not exist"
     assert objective.level == "term" or "velocity" not in objective.needs, "velocities come term by term"
     s = scene(objective)
@@ -174,7 +175,7 @@ def _check_mean_over_units(s: Scene) -> None:
 
 def check_estimator(estimator: Any) -> None:
     """One draw for all policies, as many points as announced, a pure function of the velocity, parts are probes."""
-    assert estimator.needs <= {"transitions", "density", "latents"}, f"got needs {set(estimator.needs)}"
+    assert estimator.needs <= set(DECLARED["estimator"]), f"got needs {set(estimator.needs)}"
     assert estimator.pool in ("each", "mean", "sum"), f"pool {estimator.pool!r} does not exist"
     rollout = roll_out(FlowSDE())
     for asked in (None, 2, 4):
@@ -202,7 +203,7 @@ def check_estimator(estimator: Any) -> None:
 
 def check_sampler(sampler: Any) -> None:
     """Reproducible, independent of the batch, as many recorded steps as announced, and these are what happened."""
-    assert sampler.leaves <= {"transitions", "density"}, f"got leaves {set(sampler.leaves)}"
+    assert sampler.leaves <= set(DECLARED["sampler"]), f"got leaves {set(sampler.leaves)}"
     assert sampler.problem(STEPS) is None, f"cannot run {STEPS} steps"
     rollout = roll_out(sampler)
     assert rollout.x0.shape == (GROUPS * SIZE, DIMS)

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from ablate.recipe import Recipe, Strict
-from ablate.source import InputError, Location, Source, choices, explain, merge, problems, set_path, shown, validate
+from ablate.recipe import Recipe, Strict, recipe_fields
+from ablate.source import (
+    InputError,
+    Location,
+    Source,
+    choices,
+    dotted,
+    explain,
+    merge,
+    problems,
+    set_path,
+    shown,
+    validate,
+)
 
 COMPONENT_AXES = ("objective", "estimator", "sampler")
 
@@ -86,7 +98,10 @@ class Part:
     def error(self, location: Location, message: str, values: dict[str, Any]) -> InputError:
         """An InputError about a recipe field, where its value was written: --set, an axis, `override` or the recipe."""
         named = re.findall(r"[\w.]+", message)  # a problem between fields names them
-        fields = [location] if location else [tuple(f.split(".")) for f in recipe_fields() if f in named]
+        fields = [location] if ".".join(map(str, location[:2])) in list(recipe_fields()) else []
+        known = [tuple(field.split(".")) for field in recipe_fields()]
+        fields = fields or [f for word in named for f in known if word in (f[-1], dotted(f))]
+        fields = [f for f in fields if f[: len(location)] == location] or [location]
         for place in fields:
             for path, value in self.settings.items():
                 if _starts(place, path):
@@ -115,16 +130,6 @@ def _holds(data: Any, location: Location) -> bool:
             break
         data = data[step]
     return bool(location)
-
-
-def recipe_fields(model: type[BaseModel] = Recipe) -> Iterator[str]:
-    """Dotted paths of all fields of the recipe: kl.coef, rollout.num_steps, ..."""
-    for name, info in model.model_fields.items():
-        inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from (f"{name}.{path}" for path in recipe_fields(inner))
-        else:
-            yield name
 
 
 def _unknown(path: str, kind: str, others: tuple[str, ...] = ()) -> str | None:

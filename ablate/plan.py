@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ablate.compatibility import impossible
 from ablate.components import Component, resolve, short_label, unique_labels
 from ablate.grid import COMPONENT_AXES, Grid, Part
 from ablate.recipe import Recipe, Strict
@@ -56,6 +57,9 @@ class Plan:
 
     def keep(self, wanted: Callable[[Cell], bool]) -> Plan:
         """The plan of some of its cells. Raises InputError if there are none."""
+        if not self.cells:
+            reasons = dict.fromkeys(f"{e.objective} x {e.estimator} x {e.sampler}: {e.reason}" for e in self.excluded)
+            raise InputError("\n".join([f"grid {self.grid!r}: no combination is possible", *reasons]))
         cells = tuple(cell for cell in self.cells if wanted(cell))
         if not cells:
             raise InputError(f"grid {self.grid!r}: none of its {len(self.cells)} cells fits all of --only and --seeds")
@@ -165,38 +169,6 @@ def _components(part: Part) -> dict[str, list[tuple[Component, Any]]]:
                 raise source.error(place, spelled)
             resolved[axis].append((component, instance))
     return resolved
-
-
-def impossible(names: Mapping[str, str], objective: Any, estimator: Any, sampler: Any, recipe: Recipe) -> str | None:
-    """Why the components of these names cannot be in one cell under a recipe, in words; None if they can."""
-    return next(filter(None, _problems(names, objective, estimator, sampler, recipe)), None)
-
-
-def _problems(
-    names: Mapping[str, str], objective: Any, estimator: Any, sampler: Any, recipe: Recipe
-) -> Iterator[str | None]:
-    o, e, s = (names[axis] for axis in COMPONENT_AXES)
-    on_steps = "transitions" in estimator.needs
-    if on_steps and "transitions" not in sampler.leaves:
-        yield f"{e} needs transition densities; this sampler is deterministic"
-    if "density" in estimator.needs - sampler.leaves:
-        yield f"{e} needs a density, and {s} was published with a distance: use estimator cps_distance"
-    if on_steps and recipe.rollout.guidance_scale != recipe.update.guidance_scale:
-        yield f"{e} scores the rollout's own steps, so rollout and update need the same guidance_scale"
-    yield sampler.problem(recipe.rollout.num_steps)
-    if "transitions" in objective.needs and not on_steps:
-        yield f"{o} needs the steps of a rollout, their mean and deviation, and {e} has none: use estimator trajectory"
-    if "target" in objective.needs and on_steps:
-        yield f"{o} regresses on velocities at noised final samples, and {e} has none: use estimator elbo"
-    if "velocity" in objective.needs and estimator.pool != "each":
-        yield f"{o} reads the velocity of each point, so {e} cannot pool them: set pool to each"
-    if recipe.update.group_probe == "stratified" and (on_steps or getattr(estimator, "law", None) == "sampler_grid"):
-        yield f"group_probe stratified spreads a continuous law of sigma, and {e} draws from the rollout's own levels"
-    if recipe.kl.coef > 0 and recipe.kl.kind.endswith("gaussian_step") and not on_steps:
-        yield f"kl.kind {recipe.kl.kind} compares the Gaussians of a rollout's steps, and {e} has none: use velocity"
-    for path, wanted in getattr(objective, "demands", {}).items():
-        if (got := operator.attrgetter(path)(recipe)) != wanted:
-            yield f"{o} is defined by {path}: {wanted}, and the recipe has {got}"
 
 
 def _cell(grid: str, c: _Combination, labels: dict[str, str], seed: int) -> Cell:

@@ -5,14 +5,22 @@ Torch-free: reports read recipes on machines without it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _name_or_weights(value: object) -> object:
+    weights = value.values() if isinstance(value, dict) else []
+    if isinstance(value, str) or (weights and all(type(weight) in (int, float) for weight in weights)):
+        return value
+    raise ValueError(f"got {value!r}, expected a name, or names with weights as in {{scenes: 1, jpeg: 0.1}}")
 
 
 class Strict(BaseModel):
@@ -183,7 +191,7 @@ class BudgetRecipe(Strict):
 class Recipe(Strict):
     model: ModelRecipe = ModelRecipe()
     prompts: PromptsRecipe = PromptsRecipe()
-    reward: str | dict[str, float] = "scenes"
+    reward: Annotated[str | dict[str, float], BeforeValidator(_name_or_weights)] = "scenes"
     """A name, or names with the weights of their sum."""
     rollout: RolloutRecipe = RolloutRecipe()
     advantage: AdvantageRecipe = AdvantageRecipe()
@@ -204,3 +212,13 @@ class Recipe(Strict):
                 f"{self.update.updates_per_epoch}: an update takes whole groups"
             )
         return self
+
+
+def recipe_fields(model: type[BaseModel] = Recipe) -> Iterator[str]:
+    """Dotted paths of all fields of the recipe: kl.coef, rollout.num_steps, ..."""
+    for name, info in model.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from (f"{name}.{path}" for path in recipe_fields(inner))
+        else:
+            yield name

@@ -120,6 +120,8 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
         batched = {name: torch.cat([getattr(p, name) for p in kept]) for name in ("x", "next_x", "velocity")}
         return dataclasses.replace(kept[0], **batched)
 
+    if len(rollouts) == 1:
+        return rollouts[0]
     latents = [r.latents for r in rollouts if r.latents is not None]
     return Rollout(
         x0=torch.cat([r.x0 for r in rollouts]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,6 @@ from ablate.rollout import Rollout, concatenate, select
 from ablate.seeding import derive_seed, streams
 from runners.evaluation import batches, means
 from runners.policy import Conditioning
-from runners.rewards import RewardOutput
 from runners.run import Diverged, Run
 
 
@@ -24,14 +23,29 @@ class Samples:
 
     rollout: Rollout
     conditioning: Conditioning
-    rewards: Tensor  # [b, r]  weighted; their sum is the score
+    rewards: Tensor  # [b, r]
+    weights: tuple[float, ...]  # [r]  of the rewards in the score
     group: Tensor  # [b]
     metrics: dict[str, float]
 
     @property
     def score(self) -> Tensor:
-        """[b]"""
-        return self.rewards.sum(1)
+        """What is trained on, [b]."""
+        return self.rewards @ self.rewards.new_tensor(self.weights)
+
+    def groups(self, wanted: Sequence[int], size: int) -> Samples:
+        """Some groups, numbered anew, each with the best and the worst half of `size` samples."""
+        rows = torch.cat([_best_and_worst(self, group, size) for group in wanted])
+        if len(rows) == len(self.group):
+            return self
+        device = self.rollout.x0.device
+        return replace(
+            self,
+            rollout=select(self.rollout, rows.to(device)),
+            conditioning=self.conditioning.rows(rows.to(device)),
+            rewards=self.rewards[rows],
+            group=torch.arange(len(wanted)).repeat_interleave(size),
+        )
 
 
 def collect(run: Run) -> Samples:
@@ -40,32 +54,21 @@ def collect(run: Run) -> Samples:
     Without `rollout.resample_rounds` and `rollout.candidates`, the one round of prompts as it is.
     """
     recipe = run.recipe.rollout
-    parts: list[Samples] = []
-    informative = 0
+    parts, metrics = [], []
+    missing = recipe.num_groups
     for number in range(1 + recipe.resample_rounds):
-        part = _round(run, number)
-        informative += len(_informative(part))
-        parts.append(part)
-        if informative >= recipe.num_groups:
+        drawn = _round(run, number)
+        metrics.append(drawn.metrics)
+        unequal = _unequal(drawn)[:missing]
+        missing -= len(unequal)
+        if missing == 0 or number == recipe.resample_rounds:  # groups of equal rewards fill up what is missing
+            equal = [group for group in range(recipe.num_groups) if group not in unequal]
+            parts.append(drawn.groups(sorted(unequal + equal[:missing]), recipe.group_size))
             break
-    drawn = _joined(parts)
-    groups = _informative(drawn)
-    equal = sorted(set(range(int(drawn.group[-1]) + 1)) - set(groups))
-    kept = sorted((groups + equal)[: recipe.num_groups])
-    rows = torch.cat([_best_and_worst(drawn, group, recipe.group_size) for group in kept])
-    score = drawn.score.numpy()
-    metrics = {
-        **{name: float(np.mean([part.metrics[name] for part in parts])) for name in parts[0].metrics},
-        "rollout/score": float(score.mean()),
-        "rollout/informative_groups": len(groups) / (len(groups) + len(equal)),
-    }
-    return Samples(
-        rollout=select(drawn.rollout, rows.to(drawn.rollout.x0.device)),
-        conditioning=drawn.conditioning.rows(rows.to(drawn.rollout.x0.device)),
-        rewards=drawn.rewards[rows],
-        group=torch.arange(len(kept)).repeat_interleave(recipe.group_size),
-        metrics=metrics,
-    )
+        if unequal:
+            parts.append(drawn.groups(unequal, recipe.group_size))
+    samples = parts[0] if len(parts) == 1 else _joined(parts)
+    return replace(samples, metrics={name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]})
 
 
 def _round(run: Run, number: int) -> Samples:
@@ -82,13 +85,16 @@ def _round(run: Run, number: int) -> Samples:
         scores = run.reward(images, prompts)
     if not np.isfinite(scores.score).all():
         raise Diverged("reward is no longer finite")
-    return Samples(
+    samples = Samples(
         rollout=rollout,
         conditioning=conditioning,
-        rewards=_terms(scores),
+        rewards=torch.from_numpy(scores.score[:, None] if scores.terms is None else scores.terms),
+        weights=scores.weights,
         group=torch.arange(recipe.num_groups).repeat_interleave(size),
         metrics=means("rollout", scores),
     )
+    share = len(_unequal(samples)) / recipe.num_groups
+    return replace(samples, metrics={**samples.metrics, "rollout/informative_groups": share})
 
 
 @torch.no_grad()
@@ -116,7 +122,13 @@ def roll_out(run: Run, conditioning: Conditioning, number: int = 0) -> Rollout:
             if "latents" in run.estimator.needs:
                 field = _recorded(field, seen)
             rollout = run.sampler.sample(field, noise, sigmas=sigmas, epoch=run.progress.epoch, streams=own)
-            rollouts.append(replace(rollout, latents=torch.stack(seen, 1)) if seen else rollout)
+            rollouts.append(
+                replace(
+                    rollout,
+                    transitions=rollout.transitions if "transitions" in run.estimator.needs else None,
+                    latents=torch.stack(seen, 1) if seen else None,
+                )
+            )
             run.spend(forwards=len(samples) * recipe.num_steps * (1 + (recipe.guidance_scale > 1)))
     return concatenate(rollouts)
 
@@ -133,14 +145,10 @@ def _recorded(field: Velocity, seen: list[Tensor]) -> Velocity:
     return recording
 
 
-def _terms(scores: RewardOutput) -> Tensor:
-    return torch.from_numpy(scores.score[:, None] if scores.terms is None else scores.terms)
-
-
-def _informative(samples: Samples) -> list[int]:
+def _unequal(samples: Samples) -> list[int]:
     """The groups whose rewards differ."""
-    by_group = [samples.score[samples.group == g] for g in range(int(samples.group[-1]) + 1)]
-    return [g for g, score in enumerate(by_group) if score.max() > score.min()]
+    score = samples.score.view(int(samples.group[-1]) + 1, -1)
+    return (score.max(1).values > score.min(1).values).nonzero()[:, 0].tolist()
 
 
 def _best_and_worst(samples: Samples, group: int, size: int) -> Tensor:
@@ -153,18 +161,16 @@ def _best_and_worst(samples: Samples, group: int, size: int) -> Tensor:
 
 
 def _joined(parts: list[Samples]) -> Samples:
-    """Several rounds, their groups numbered on."""
-    offsets = np.cumsum([0, *(int(p.group[-1]) + 1 for p in parts)])
-
-    def joined(of: Callable[[Samples], Tensor]) -> Tensor:
-        return torch.cat([of(p) for p in parts])
-
-    return Samples(
+    """The groups of several rounds."""
+    size = int((parts[0].group == 0).sum())
+    rewards = torch.cat([p.rewards for p in parts])
+    return replace(
+        parts[0],
         rollout=concatenate([p.rollout for p in parts]),
         conditioning=Conditioning(
-            tokens=joined(lambda p: p.conditioning.tokens), pooled=joined(lambda p: p.conditioning.pooled)
+            tokens=torch.cat([p.conditioning.tokens for p in parts]),
+            pooled=torch.cat([p.conditioning.pooled for p in parts]),
         ),
-        rewards=joined(lambda p: p.rewards),
-        group=torch.cat([p.group + offset for p, offset in zip(parts, offsets, strict=False)]),
-        metrics={},
+        rewards=rewards,
+        group=torch.arange(len(rewards) // size).repeat_interleave(size),
     )

@@ -102,6 +102,7 @@ class SD3Policy:
         self._copies: dict[str, list[Tensor]] = {
             name: [p.detach().clone() for p in self.trainable] for name in ("old", "reference", "average")
         }
+        self._refreshed = False
         self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -177,16 +178,19 @@ class SD3Policy:
     @torch.no_grad()
     def blend(self, weights: Weights, decay: float) -> None:
         """weights <- decay weights + (1 - decay) current."""
+        self._refreshed |= weights == "reference"
         current = [p.data for p in self.trainable]
         torch._foreach_lerp_(self._copies[weights], current, 1 - decay)
 
     def state(self) -> dict[str, list[Tensor]]:
-        """All weights a checkpoint needs."""
-        return {"current": [p.data for p in self.trainable], **self._copies}
+        """All weights a checkpoint needs; the reference only where it was refreshed, else it is the model's own."""
+        kept = [name for name in self._copies if name != "reference" or self._refreshed]
+        return {"current": [p.data for p in self.trainable], **{name: self._copies[name] for name in kept}}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, list[Tensor]]) -> None:
         """Take over what `state` returned."""
+        self._refreshed = "reference" in state
         mine = self.state()
         for name, tensors in state.items():
             torch._foreach_copy_(mine[name], tensors)

@@ -76,13 +76,13 @@ def accumulate_gradient(
                 old = ask("old", rows, columns)
         if "reference" in objective.needs or kl.coef > 0:
             reference = ask("reference", rows, columns)
-        return _Answers(
+        return _Answers(  # velocities are kept only where they are read: those of whole updates do not fit
             rows=rows,
             columns=columns,
             share=probe.sigma.numel() / (num_samples * num_points),
             probe=probe,
-            old_velocity=old,
-            reference_velocity=reference,
+            old_velocity=old if "velocity" in objective.needs else None,
+            reference_velocity=reference if "velocity" in objective.needs or kl.coef > 0 else None,
             old_log_prob=None if old is None else estimator.log_prob(old, probe),
             reference_log_prob=None if reference is None else estimator.log_prob(reference, probe),
         )

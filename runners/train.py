@@ -95,7 +95,7 @@ def _train(run: Run, interrupted: list[int]) -> bool:
 def train_epoch(run: Run) -> dict[str, float]:
     """Roll out from the old policy, score, and update on the images' likelihoods under the shared probe."""
     samples = collect(run)
-    advantage = advantages(samples.rewards, samples.group, run.recipe.advantage)
+    advantage = advantages(samples.rewards, samples.group, run.recipe.advantage, samples.weights)
     with run.booked("update"):
         trained = update(run, samples, advantage.float())
     return {**samples.metrics, **{f"train/{name}": value for name, value in trained.items()}}

@@ -21,8 +21,8 @@ REWARDS = st.lists(
 ).map(lambda rows: torch.tensor(rows, dtype=torch.float64))
 
 
-def of(reward: Tensor, group: Tensor, **recipe: Any) -> Tensor:
-    return advantages(reward, group, AdvantageRecipe(**recipe))
+def of(reward: Tensor, group: Tensor, weights: Any = None, **recipe: Any) -> Tensor:
+    return advantages(reward, group, AdvantageRecipe(**recipe), weights)
 
 
 def by_rows(reward: Tensor, **recipe: Any) -> Tensor:
@@ -106,11 +106,16 @@ SEVERAL = torch.tensor([[1.0, 100.0], [3.0, 0.0], [0.0, 0.0], [4.0, 300.0]], dty
 
 
 def test_several_rewards_are_summed_or_each_normalised_or_whitened_first() -> None:
-    torch.testing.assert_close(of(SEVERAL, GROUP), of(SEVERAL.sum(1), GROUP))
+    """The weights apply to what is summed, so that no standardisation takes them away."""
+    weights = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(of(SEVERAL, GROUP, weights), of(SEVERAL @ weights, GROUP))
     each = [of(SEVERAL[:, i], GROUP, scale="group") for i in range(2)]
-    torch.testing.assert_close(of(SEVERAL, GROUP, scale="group", several="normalised"), each[0] + each[1])
+    expected = each[0] + 0.1 * each[1]
+    torch.testing.assert_close(of(SEVERAL, GROUP, weights, scale="group", several="normalised"), expected)
     white = (SEVERAL - SEVERAL.mean(0)) / (SEVERAL.std(0, correction=0) + EPSILON)
-    torch.testing.assert_close(of(SEVERAL, GROUP, several="whitened"), of(white.sum(1), GROUP))
+    torch.testing.assert_close(of(SEVERAL, GROUP, weights, several="whitened"), of(white @ weights, GROUP))
+    wins = [of(SEVERAL[:, i], GROUP, transform="win_rate") for i in range(2)]
+    torch.testing.assert_close(of(SEVERAL, GROUP, weights, transform="win_rate"), wins[0] + 0.1 * wins[1])
 
 
 def test_whitened_advantages_have_mean_0_and_deviation_1() -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ablate.compatibility import impossible
 from ablate.contracts import DIMS, GROUPS, POINTS, SIZE, STEPS, Scene, roll_out
 from ablate.estimators import ESTIMATORS
 from ablate.grid import load_grid
 from ablate.objectives import OBJECTIVES
 from ablate.passes import passes
-from ablate.plan import impossible, make_plan
+from ablate.plan import make_plan
 from ablate.recipe import Recipe
 from ablate.samplers import SAMPLERS
 from ablate.seeding import streams

@@ -80,7 +80,7 @@ def test_step_kl_is_the_path_kl_weight_up_to_a_constant(noise_level: float) -> N
 
 
 def test_step_kl_of_constant_diffusion() -> None:
-    t = roll_out(DanceSDE(eta=0.3)).transitions
+    t = roll_out(DanceSDE(noise_level=0.3)).transitions
     c = (1 + 0.09 * (1 - t.sigma) / (2 * t.sigma)) ** 2 / (2 * 0.09)
     torch.testing.assert_close(t.velocity_coef**2 / (2 * t.std**2), (t.sigma - t.next_sigma) * c)
 

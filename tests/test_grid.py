@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from ablate.grid import load_grid, recipe_fields
+from ablate.grid import load_grid
 from ablate.plan import make_plan
-from ablate.recipe import Recipe
+from ablate.recipe import Recipe, recipe_fields
 from ablate.source import InputError
 from runners.identity import identify
 
@@ -160,6 +160,9 @@ def test_a_mistake_in_a_grid_is_named_with_its_line(grid: Path, case: str) -> No
 
 IN_THE_RECIPE = {
     "misspelt group": ("rollout:", "rolout:", 3, ["rolout: unknown key", "did you mean 'rollout'?", "advantage"]),
+    "too few candidates": ("num_groups: 24", "group_size: 4\n  candidates: 3", 5, ["rollout.candidates", "at least"]),
+    "weight of a reward": ("reward: scenes", "reward: {scenes: a}", 2, ["reward: got", "names with weights as in"]),
+    "no reward": ("reward: scenes", "reward: {}", 2, ["reward: got {}", "expected a name"]),
     "misspelt field": ("num_groups", "num_group", 4, ["rollout.num_group", "did you mean 'num_groups'?", "group_size"]),
     "impossible value": ("1.0e-4", "-1.0e-4", 7, ["update.learning_rate", "got -0.0001", "more than 0"]),
     "does not divide": ("24", "25", 4, ["rollout.num_groups", "25", "a multiple of update.updates_per_epoch = 3"]),

@@ -132,10 +132,11 @@ class ELBO:
     def log_prob(self, velocity: Tensor, probe: ElboProbe) -> Tensor:
         residual = velocity - probe.target
         sigma = probe.sigma.to(torch.promote_types(residual.dtype, torch.float32))
-        value = in_unit(-self._weighted(residual, sigma), velocity, self.unit)
+        value = in_unit(-self.error(residual, sigma), velocity, self.unit)
         return value / self._law().density_above(sigma, self.min_sigma) if self.importance_weighted else value
 
-    def _weighted(self, residual: Tensor, sigma: Tensor) -> Tensor:
+    def error(self, residual: Tensor, sigma: Tensor) -> Tensor:
+        """w |residual|^2 / D, residual [b, k, ...] and sigma [b, k] -> [b, k]."""
         error = mean_square(residual, 2)
         if self.weight == "simple":
             return error

@@ -10,15 +10,6 @@ from ablate.rollout import Evaluation
 
 Level = Literal["term", "sample", "group"]
 
-NEEDS = {  # what an objective may declare, and what of the evaluation it then gets
-    "old": "the rollout policy's log-prob, and its velocity beside `velocity`",
-    "reference": "the reference policy's log-prob, and its velocity beside `velocity`",
-    "reward": "the raw reward of each sample",
-    "velocity": "the current policy's velocity, differentiable",
-    "target": "a probe of noised final samples, with the velocity to regress on",
-    "transitions": "a probe of recorded steps, with their coefficients",
-}
-
 
 class Objective(Protocol):
     """A frozen dataclass: fields are its hyperparameters with the source's defaults, the call is the maths.
@@ -30,7 +21,12 @@ class Objective(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it reads beside log-prob and advantage: a subset of NEEDS."""
+        """What it reads beside log-prob and advantage; the rest of the evaluation is None.
+
+        "old", "reference": that policy's log-prob, and beside "velocity" its velocity. "reward": the raw reward.
+        "velocity": the current policy's, differentiable. "target": a probe of noised final samples, with the velocity
+        to regress on. "transitions": a probe of recorded steps, with their coefficients.
+        """
         ...
 
     @property

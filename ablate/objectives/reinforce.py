@@ -33,14 +33,19 @@ class Reinforce:
 class RLOO:
     """L = -mean(A f), A = R - mean of the other rewards of the group, with the KL inside the reward.
 
-    The baseline is `advantage: {centre: leave_one_out, scale: none}`, on which the plan insists. With `kl_coef` b, the
-    reward is R - b sg(f - q), averaged over points, and so is centred with it.
+    The baseline is `advantage: {centre: leave_one_out, scale: none}`, unclipped, on which the plan insists. With
+    `kl_coef` b, the reward is R - b sg(f - q), averaged over points, and so is centred with it.
 
     Source: Ahmadian et al. 2024 (arXiv 2402.14740), sec. 2.3, and eq. 3 for the KL in the reward.
     """
 
     kl_coef: float = 0.0
-    demands: ClassVar[Mapping[str, str]] = {"advantage.centre": "leave_one_out", "advantage.scale": "none"}
+    demands: ClassVar[Mapping[str, object]] = {
+        "advantage.centre": "leave_one_out",
+        "advantage.scale": "none",
+        "advantage.coef": 1.0,
+        "advantage.clip": None,
+    }
 
     def __post_init__(self) -> None:
         if self.kl_coef < 0:

@@ -22,8 +22,8 @@ class Mixed:
     """x' = x + (s' - s) v, but inside `window` contiguous steps that of `sde` or `cps`; only these are scored.
 
     The window is the same for all samples of an epoch: with windows of their own, samples of one group would not be
-    comparable. It never holds the last step, whose standard deviation is up to a hundred times smaller, and starts in
-    the first `until` of the schedule.
+    comparable. It lies within the first `until` of the steps and never holds the last one, whose standard deviation is
+    up to a hundred times smaller.
 
     * policy: `random`, a new place every epoch. `progressive`, from noise to data, `epochs_per_place` epochs at each
       place, `stride` steps further, then from the start again (the release's `roll_back`; the paper stops).
@@ -64,14 +64,14 @@ class Mixed:
         return 1 if self.policy == "branch" else self.window
 
     def problem(self, num_steps: int) -> str | None:
-        if self.num_scored(num_steps) < num_steps:
+        if self.num_scored(num_steps) <= self._allowed(num_steps):
             return None
-        return f"a window of {self.num_scored(num_steps)} steps does not fit before the last of {num_steps} steps"
+        where = "before the last" if self.until == 1 else f"into the first {self._allowed(num_steps)}"
+        return f"a window of {self.num_scored(num_steps)} steps does not fit {where} of {num_steps} steps"
 
     def window_start(self, num_steps: int, epoch: int, shared: torch.Generator) -> int:
         """The first stochastic step of an epoch."""
-        last = num_steps - 1 - self.num_scored(num_steps)  # the last step is left out
-        places = range(min(last, math.ceil(self.until * num_steps) - 1) + 1)
+        places = range(self._allowed(num_steps) - self.num_scored(num_steps) + 1)
         if self.policy in ("random", "branch"):
             return int(torch.randint(len(places), (), generator=shared))
         visited = places[:: self.stride]
@@ -87,8 +87,12 @@ class Mixed:
         steps = [(rule if i in inside else euler_step)(a, b) for i, (a, b) in enumerate(itertools.pairwise(levels))]
         return run_steps(steps, velocity, noise, sigmas, streams)
 
+    def _allowed(self, num_steps: int) -> int:
+        """How many of the first steps may be stochastic."""
+        return min(num_steps - 1, math.floor(self.until * num_steps))
+
     def _kind(self) -> FlowSDE | CPS:
-        return FlowSDE(noise_level=self.noise_level) if self.step == "flow" else CPS(eta=self.noise_level)
+        return FlowSDE(noise_level=self.noise_level) if self.step == "flow" else CPS(noise_level=self.noise_level)
 
     def _epochs_at(self, place: int) -> int:
         decay = self.decay if self.policy == "exp_decay" else 0.0

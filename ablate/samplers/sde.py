@@ -44,21 +44,21 @@ class FlowSDE(StepSampler):
 
 @dataclass(frozen=True, kw_only=True)
 class DanceSDE(StepSampler):
-    """The SDE of `sde` with constant diffusion: x' ~ N(x + [v + eta^2 (x + (1 - s) v) / (2 s)] dt, eta^2 |dt|).
+    """x' ~ N(x + [v + g^2 (x + (1 - s) v) / (2 s)] dt, g^2 |dt|) with constant diffusion g = noise_level.
 
     Not singular at s = 1. The source pairs it with the `linear` noise schedule.
 
     Source: DanceGRPO, Xue et al. 2025 (arXiv 2505.07818), eq. 8.
     """
 
-    eta: float = 0.3
+    noise_level: float = 0.3  # the source's eta
 
     def __post_init__(self) -> None:
-        if self.eta <= 0:
-            raise ValueError(f"eta must be positive, got {self.eta}; sampler ode has no noise")
+        if self.noise_level <= 0:
+            raise ValueError(f"noise_level must be positive, got {self.noise_level}; sampler ode has no noise")
 
     def rule(self, sigmas: Sequence[float]) -> StepRule:
-        return lambda a, b: sde_step(a, b, self.eta)
+        return lambda a, b: sde_step(a, b, self.noise_level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,28 +83,29 @@ class DDIM(StepSampler):
 
 @dataclass(frozen=True, kw_only=True)
 class CPS(StepSampler):
-    """x' = (1 - s') x0 + sqrt(s'^2 - std^2) noise + std z, std = s' sin(eta pi / 2): coefficients are preserved.
+    """x' = (1 - s') x0 + sqrt(s'^2 - std^2) noise + std z, std = s' sin(noise_level pi / 2).
 
-    Not a consistent discretisation: the noise of a step does not shrink with the step, so the final variance stays
-    below the data's however many steps are taken. It was published with a squared distance instead of its density:
-    estimator `cps_distance`. `use_density` lets `trajectory` score the steps' own Gaussian all the same.
+    Preserves the coefficients of x0 and noise. Not a consistent discretisation: the noise of a step does not shrink
+    with the step, so the final variance stays below the data's however many steps are taken. It was published with a
+    squared distance instead of its density: estimator `cps_distance`. `use_density` lets `trajectory` score the steps'
+    own Gaussian all the same.
 
     Source: Flow-CPS, Wang and Yu 2025 (arXiv 2509.05952).
     """
 
-    eta: float = 0.8  # Flow-GRPO-Fast without guidance
+    noise_level: float = 0.8  # Flow-GRPO-Fast without guidance
     use_density: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.eta <= 1:
-            raise ValueError(f"eta must lie in (0, 1], got {self.eta}; sampler ode has no noise")
+        if not 0 < self.noise_level <= 1:
+            raise ValueError(f"noise_level must lie in (0, 1], got {self.noise_level}; sampler ode has no noise")
 
     @property
     def leaves(self) -> frozenset[str]:
         return frozenset({"transitions", "density"} if self.use_density else {"transitions"})
 
     def rule(self, sigmas: Sequence[float]) -> StepRule:
-        return lambda a, b: renoise_step(a, b, b * math.sin(self.eta * math.pi / 2))
+        return lambda a, b: renoise_step(a, b, b * math.sin(self.noise_level * math.pi / 2))
 
 
 @dataclass(frozen=True, kw_only=True)

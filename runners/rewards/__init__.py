@@ -26,8 +26,6 @@ def load_reward(spec: str | Mapping[str, float]) -> Reward:
             raise FieldError("reward", f"unknown reward {name!r}{choices(name, REWARDS)}")
     if isinstance(spec, str):
         return REWARDS[spec]()
-    if not spec:
-        raise FieldError("reward", "got no reward at all, expected a name or names with weights")
     return WeightedSum({name: REWARDS[name]() for name in names}, spec)
 
 

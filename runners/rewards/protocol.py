@@ -16,11 +16,12 @@ from runners.prompts import Prompt
 class RewardOutput:
     """`score` [b] is what is trained on; `parts` [b] each are recorded beside it; `reasons` say why an image failed.
 
-    `terms` [b, r] are the weighted rewards whose sum the score is, None for a single one.
+    `terms` [b, r] are the rewards whose sum with `weights` [r] the score is, None for a single one.
     """
 
     score: NDArray[np.float64]
     terms: NDArray[np.float64] | None = None
+    weights: tuple[float, ...] = (1.0,)
     parts: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
 

@@ -96,7 +96,7 @@ def test_what_is_missing_after_the_last_round_is_filled_up(tmp_path: Path) -> No
     run = run_of(ODE, tmp_path, rollout__resample_rounds=1)
     run.reward = Listed([1.0] * 12, [0.0, 1.0, 2.0, 3.0] + [1.0] * 8)
     samples = collect(run)
-    assert samples.score.tolist() == [1.0] * 8 + [0.0, 1.0, 2.0, 3.0]
+    assert samples.score.tolist() == [0.0, 1.0, 2.0, 3.0] + [1.0] * 8
     assert samples.metrics["rollout/informative_groups"] == pytest.approx(1 / 6)
 
 
