@@ -54,6 +54,7 @@ class Plan:
     order: Mapping[str, tuple[str, ...]]  # the labels of each component axis as the grid lists them
     cells: tuple[Cell, ...]
     excluded: tuple[Excluded, ...]
+    listed: bool = False  # single combinations, not a product of axes
 
     def keep(self, wanted: Callable[[Cell], bool]) -> Plan:
         """The plan of some of its cells. Raises InputError if there are none."""
@@ -72,6 +73,7 @@ class Plan:
             "format": FORMAT,
             "grid": self.grid,
             "order": self.order,
+            "listed": self.listed,
             "cells": [cell.model_dump(mode="json", include=shown) for cell in self.cells],
             "excluded": [combination.model_dump(mode="json") for combination in self.excluded],
         }
@@ -109,7 +111,13 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
         place = ("exclude", grid.file.exclude.index(unused[0]))
         raise grid.source.error(place, "fits no combination of the axes")
     order = {axis: tuple(labels[axis].values()) for axis in COMPONENT_AXES}
-    return Plan(grid=grid.file.name, order=order, cells=tuple(cells.values()), excluded=tuple(excluded))
+    return Plan(
+        grid=grid.file.name,
+        order=order,
+        cells=tuple(cells.values()),
+        excluded=tuple(excluded),
+        listed=bool(grid.file.cells),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

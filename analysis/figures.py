@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from analysis import effects
+from analysis.dumbbells import dumbbells
 from analysis.heatmap import heatmap
 from analysis.load import Results
 from analysis.overview import overview
@@ -37,7 +38,7 @@ def measured(results: Results) -> list[str]:
 
 
 def drawings(results: Results) -> Iterator[Drawing]:
-    """The overview, then per metric the heat map and the curves against device time and NFE."""
+    """The overview, then per metric the heat map and the curves against device time and NFE, or the results alone."""
     hours, nfe = hours_unit(results), nfe_unit(results)
     for i, metric in enumerate(measured(results)):
         table = effects.summary(results.cells, results.metrics, metric)
@@ -45,6 +46,14 @@ def drawings(results: Results) -> Iterator[Drawing]:
         if i == 0:
             figure = overview(results, table, metric, hours)
             yield Drawing(name="overview", figure=figure, caption=f"{word} against {_axis(hours)}. {BAND}")
+        if results.listed:  # a product with a few combinations of many is mostly holes
+            yield Drawing(
+                name=f"results-{name}",
+                figure=dumbbells(table, metric),
+                caption=f"{word} before and after training, by combination. Brackets and bars: 95 % bootstrap interval "
+                f"over the n finished seeds (with 2 or 3, their range).",
+            )
+            continue
         yield Drawing(
             name=f"heatmap-{name}",
             figure=heatmap(results, table, metric),

@@ -38,6 +38,7 @@ class Results:
     metrics: pd.DataFrame  # columns _METRICS
     excluded: pd.DataFrame  # columns KEYS, reason
     order: Mapping[str, Sequence[str]]  # the values of each component axis as the grid lists them
+    listed: bool  # single combinations, not a product of axes
     strays: tuple[str, ...]  # folders of cells that the plan does not hold
 
 
@@ -57,6 +58,7 @@ class _PlanFile(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
     grid: str
     order: dict[str, tuple[str, ...]] = {}
+    listed: bool = False
     cells: tuple[_Planned, ...]
     excluded: tuple[Excluded, ...] = ()
 
@@ -72,11 +74,12 @@ def load(folder: Path) -> Results:
     except ValidationError as error:
         raise _damaged(path, error) from None
     planned = {cell.id for cell in plan.cells}
+    names = _short_names(plan.cells) if plan.listed else {cell.id: " · ".join(_parts(cell)) for cell in plan.cells}
     return Results(
         grid=plan.grid,
         folder=folder,
         cells=pd.DataFrame(
-            [_cell(cell, folder / cell.id) for cell in plan.cells],
+            [_cell(cell, names[cell.id], folder / cell.id) for cell in plan.cells],
             columns=[*_CELLS, *(f"cost/{phase}" for phase in PHASES)],
         ),
         metrics=pd.DataFrame(
@@ -84,6 +87,7 @@ def load(folder: Path) -> Results:
         ).astype({"epoch": int, "device_hours": float, "nfe": float, "value": float}),
         excluded=pd.DataFrame([_excluded(e) for e in plan.excluded], columns=[*KEYS, "reason"]),
         order=plan.order,
+        listed=plan.listed,
         strays=tuple(sorted(p.parent.name for p in folder.glob("*/cell.json") if p.parent.name not in planned)),
     )
 
@@ -100,7 +104,30 @@ def values(results: Results, axis: str) -> list[str]:
     return sorted(present, key=lambda value: listed.index(value) if value in listed else len(listed))
 
 
-def _cell(planned: _Planned, folder: Path) -> dict[str, Any]:
+def _parts(planned: _Planned) -> list[str]:
+    axes = axes_label(planned.axes)
+    return [planned.objective, planned.estimator, planned.sampler, *([axes] if axes else [])]
+
+
+def _short_names(cells: Sequence[_Planned]) -> dict[str, str]:
+    """Names of single combinations by cell id: the recipe, or else the components, and what else tells them apart."""
+    described = {}
+    for cell in cells:
+        fields = {key: f"{key}={value}" for key, value in cell.axes.items() if key != "recipe"}
+        components = {key: getattr(cell, key) for key in KEYS[:3]}
+        first = {"recipe": cell.axes["recipe"]} if "recipe" in cell.axes else components
+        described[cell.id] = {**first, **{k: v for k, v in components.items() if k not in first}, **fields}
+    told = list(first)
+    names = dict.fromkeys(described, "")
+    for key in [*told, *(key for key in described[cells[0].id] if key not in told)]:
+        alike = {name: {described[id].get(key) for id in names if names[id] == name} for name in names.values()}
+        for id, name in names.items():
+            if key in told or len(alike[name]) > 1:
+                names[id] = " · ".join(filter(None, [name, described[id].get(key)]))
+    return names
+
+
+def _cell(planned: _Planned, name: str, folder: Path) -> dict[str, Any]:
     try:
         record = read_record(folder)
         spec = Cell.model_validate(read_json(folder / "cell.json")) if (folder / "cell.json").exists() else None
@@ -109,12 +136,10 @@ def _cell(planned: _Planned, folder: Path) -> dict[str, Any]:
     for found in (record, spec):
         if found is not None and found.id != planned.id:
             raise InputError(f"{folder}: holds the cell {found.id!r}; was the folder renamed or copied?")
-    axes = axes_label(planned.axes)
-    parts = [planned.objective, planned.estimator, planned.sampler, *([axes] if axes else [])]
     return {
-        **dict(zip(KEYS, [*parts[:3], axes], strict=True)),
+        **dict(zip(KEYS, [*_parts(planned)[:3], axes_label(planned.axes)], strict=True)),
         "id": planned.id,
-        "configuration": " · ".join(parts),
+        "configuration": name,
         "seed": planned.seed,
         "num_prompts": spec.recipe.evaluation.num_prompts if spec else None,
         **_ending(record, folder),

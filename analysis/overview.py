@@ -19,10 +19,16 @@ from analysis.style import INK, MUTED, Look, Unit, metric_label, overlay_looks
 MOST = 12  # curves in one panel
 
 
-def choose(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """What the overview shows of a summary, and in words: everything, or the best of each estimator and sampler."""
+def choose(table: pd.DataFrame, *, listed: bool = False) -> tuple[pd.DataFrame, str]:
+    """What the overview shows of a summary, and in words: everything, or the best of each estimator and sampler.
+
+    Of combinations that a grid lists one by one, the highest.
+    """
     if len(table) <= MOST:
         return table, ""
+    if listed:
+        shown = table.sort_values("final", ascending=False, kind="stable").head(MOST).sort_index()
+        return shown, f"the {MOST} highest of {len(table)} combinations, by their last held-out evaluation"
     shown = effects.best(table, ["estimator", "sampler"])
     words = f"the best of {len(table)} configurations for each estimator and sampler, by their last held-out evaluation"
     if len(shown) > MOST:
@@ -33,7 +39,7 @@ def choose(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 def overview(results: Results, table: pd.DataFrame, metric: str, unit: Unit) -> Figure:
     """`metric` against `unit` for the chosen rows of a summary."""
-    shown, choice = choose(table)
+    shown, choice = choose(table, listed=results.listed)
     looks = overlay_looks(shown)
     names = list(shown["configuration"])
     cells = results.cells[results.cells["configuration"].isin(names)]
@@ -47,7 +53,8 @@ def overview(results: Results, table: pd.DataFrame, metric: str, unit: Unit) -> 
     ax.set(xlabel=unit.label, ylabel=metric_label(metric), xlim=(0, None))
     ax.margins(y=0.08)
     base = effects.base(results.cells, results.metrics, metric)
-    if np.isfinite(base):
+    alike = table["base"].dropna().round(9).nunique() <= 1  # else they are evaluated in different ways
+    if np.isfinite(base) and alike:
         draw_base(ax, base)
         ax.annotate(
             f"base model {base:.3f}",

@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 
 from ablate.record import Status
 from analysis import effects
+from analysis.dumbbells import dumbbells
 from analysis.figures import drawings
 from analysis.heatmap import heatmap
 from analysis.load import Results, load
@@ -145,3 +146,45 @@ def test_labels_spread_only_where_they_collide() -> None:
     assert spread(np.array([0.1, 0.5, 0.9]), 0.1) == pytest.approx([0.1, 0.5, 0.9])
     assert spread(np.array([0.1, 0.5, 0.5]), 0.2) == pytest.approx([0.1, 0.4, 0.6])
     assert spread(np.array([1.0, 1.0]), 0.2) == pytest.approx([0.8, 1.0])
+
+
+def listed(write: Writer) -> Results:
+    for seed, final in enumerate((0.5, 0.6)):
+        write.cell(
+            ("grpo", "trajectory", "sde"), seed, {0: 0.2, 1: final}, axes={"recipe": "flow-grpo", "kl.coef": 0.1}
+        )
+    write.cell(("epg", "elbo-adaptive", "ode"), 0, {0: 0.2, 1: 0.4}, axes={"recipe": "paper-epg", "kl.coef": 0.0})
+    write.cell(("nft", "elbo-adaptive", "ode"), 0, axes={"recipe": "diffusion-nft", "kl.coef": 0.0})
+    return load(write.plan(listed=True))
+
+
+def test_combinations_that_are_listed_have_a_row_each_and_no_heat_map(write: Writer) -> None:
+    results = listed(write)
+    names = [drawing.name for drawing in drawings(results)]
+    assert names == ["overview", "results-accuracy", "results-score"]
+    figure = dumbbells(table(results), "eval/accuracy")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "flow-grpo",
+        "paper-epg",
+        "diffusion-nft",
+    ]
+    assert "0.550 [0.500, 0.600], n = 2" in texts(figure)
+    assert "1 not started" in texts(figure)
+
+
+def test_listed_combinations_are_named_by_what_tells_them_apart(write: Writer) -> None:
+    for guidance in (1.0, 4.5):
+        write.cell(("epg", "trajectory", "sde"), axes={"rollout.guidance_scale": guidance, "kl.coef": 0.1})
+    write.cell(("epg", "elbo-adaptive", "sde"), axes={"rollout.guidance_scale": 1.0, "kl.coef": 0.1})
+    assert load(write.plan(listed=True)).cells["configuration"].tolist() == [
+        "epg · trajectory · sde · rollout.guidance_scale=1.0",
+        "epg · trajectory · sde · rollout.guidance_scale=4.5",
+        "epg · elbo-adaptive · sde",
+    ]
+
+
+def test_presets_with_the_same_recipe_are_named_by_their_components(write: Writer) -> None:
+    for objective, recipe in (("grpo", "flow-grpo"), ("gspo", "flow-grpo"), ("epg", "paper-epg")):
+        write.cell((objective, "trajectory", "sde"), axes={"recipe": recipe})
+    names = load(write.plan(listed=True)).cells["configuration"].tolist()
+    assert names == ["flow-grpo · grpo", "flow-grpo · gspo", "paper-epg"]
