@@ -74,7 +74,7 @@ def entries(table: Mapping[str, Callable[..., Any]]) -> Iterator[Entry]:
 def listing() -> Table:
     """All tables for the terminal."""
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(min_width=max(len(name) for kinds in TABLES.values() for name in kinds), no_wrap=True)
+    table.add_column(no_wrap=True)
     table.add_column()
     for title, kinds in TABLES.items():
         table.add_row(Text(title, style="bold"))
@@ -82,6 +82,9 @@ def listing() -> Table:
             facts = [f"{key}: {value}" for key, value in entry.facts.items()]
             table.add_row(Text(entry.name, style="cyan"), Text(entry.formula))
             table.add_row("", Text("; ".join([*facts, entry.source]), style="dim"))
+    table.add_row(Text("regularisers", style="bold"))
+    for name, kind in kl.KINDS.items():
+        table.add_row(Text(name, style="cyan"), Text(_line(inspect.getdoc(kind) or "")))
     return table
 
 

@@ -192,7 +192,7 @@ def list_components(
         bool, typer.Option("--markdown", help="The whole documentation, as in docs/methods.md")
     ] = False,
 ) -> None:
-    """List the objectives, estimators and samplers with formula, needs, level and source."""
+    """List objectives, estimators, samplers and regularisers with formula, needs, level and source."""
     from rich.console import Console
 
     from ablate import catalogue

@@ -296,9 +296,15 @@ def test_on_policy_ram_is_reinforce_on_the_simple_elbo(scale: float, residual: s
     torch.testing.assert_close(ram.gradient(), scale * reinforce.gradient())
 
 
-def test_on_policy_awm_is_reinforce_and_its_clip_is_never_active() -> None:
+def test_on_policy_awm_is_reinforce() -> None:
     awm, reinforce = on_elbo("awm", "ghuber"), on_elbo("reinforce", "ghuber")
     torch.testing.assert_close(awm.gradient(), reinforce.gradient())
+
+
+def test_the_clip_of_awm_is_not_active_near_the_old_policy() -> None:
+    clipped, free = (on_elbo("awm", on_policy=False, clip_range=c) for c in (1.0, 1e9))
+    assert torch.equal(clipped.gradient(), free.gradient())
+    assert not torch.allclose(on_elbo("awm", on_policy=False, clip_range=1e-4).gradient(), free.gradient())
 
 
 def test_away_from_the_old_policy_awm_is_pulled_back() -> None:

@@ -95,9 +95,9 @@ class D3PO(DPO):
 class DGPO:
     """L = -mean(sg(w_g) A f), w_g = sigmoid(-beta mean_g(A [f - q])): DPO's weight, for a whole group at once.
 
-    On the simple ELBO f is minus the denoising error; the weight falls as the group's better samples become likelier
-    than under the reference. The source's PPO-like clip of the error is left out. beta = 100 is Flow-Factory's default,
-    its SD 3.5 configuration without guidance has 10.
+    On the simple ELBO, which the source has, f is minus the denoising error; the weight falls as the group's better
+    samples become likelier than under the reference. The source's PPO-like clip of the error is left out. beta = 100 is
+    Flow-Factory's default, its SD 3.5 configuration without guidance has 10.
 
     Source: Direct Group Preference Optimization (arXiv 2510.08425), as in Flow-Factory's dgpo.py.
     """

@@ -18,6 +18,8 @@ from ablate.rollout import Evaluation
 class Kimi:
     """L = mean((A - tau log r)^2). At tau = 1, twice `par` without its ratio.
 
+    The source has one log r per sequence: `pool: sum` or `mean` of the estimator.
+
     Source: Kimi k1.5, Kimi Team 2025 (arXiv 2501.12599), sec. 2.3.2, with A = R - mean; its gradient is eq. 3.
     """
 
@@ -37,7 +39,8 @@ class Kimi:
 class TB:
     """L = mean((A/tau - log Z - log r)^2), log Z = the group's mean of A/tau - log r at each point, without gradient.
 
-    Trajectory balance with the batch estimate of its partition function (VarGrad).
+    Trajectory balance with the batch estimate of its partition function (VarGrad). The source has one log r per
+    trajectory: `pool: sum` of the estimator.
 
     Source: Malkin et al. 2022 (arXiv 2201.13259); log Z as in VarGrad, Richter et al. 2020 (arXiv 2010.10436).
     """
@@ -62,7 +65,7 @@ class CRD:
 
     Centred reward distillation: the implicit reward log r matches the outer one, both centred in the group, the means
     without gradient. loss `bce`: cross-entropy of sigmoid(R - mean_g R). The source measures log r with the adaptive
-    error without its factor s, and centres over the batch of a device.
+    error without its factor s, and centres over the batch of a device. On a trajectory, log r is that of its steps.
 
     Source: centred reward distillation (arXiv 2603.14128), as in Flow-Factory's crd.py with uniform weighting.
     """

@@ -1,7 +1,8 @@
 """Velocity regression at noised final samples: DiffusionNFT, RAM, AWM, and reward-weighted regression.
 
 v* = noise - x0 is the velocity that the sample was noised along, v_old and v_ref what the rollout and the reference
-policy say at the same points.
+policy say at the same points. NFT and RAM take these points from the estimator and nothing else: crossing them with
+several weights of `elbo` trains the same cell several times.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class NFT:
     v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v: the better a sample, the more v points to it, and
     the worse, the more v points away. l(u) = s^2 |u - v*|^2 / sg(s mean|u - v*|) / D. On-policy, its gradient is that
     of REINFORCE on the adaptive ELBO, for every beta. beta is 1 for GenEval, PickScore and HPSv2 upstream, 0.1 for OCR
-    and in the port of arXiv 2602.04663. With `advantage: {scale: batch}`.
+    and in the port of arXiv 2602.04663. With `advantage: {scale: batch}`. Of the estimator, only the points are read.
 
     Source: DiffusionNFT, Zheng et al. 2025 (arXiv 2509.16117), eq. 5 and sec. 3.3; M / beta as released.
     """
@@ -59,7 +60,8 @@ class RAM:
 
     m = `scale`: 100 for GenEval and OCR, 1000 for PickScore in the source, 1 in the port of arXiv 2602.04663. residual
     `current` takes v without gradient for v_old, as the paper's equation does; `old` as its code does. There is no
-    other pull to the reference: `kl.coef` is 0 in the source. With `advantage: {scale: group}`, unclipped.
+    other pull to the reference: `kl.coef` is 0 in the source. With `advantage: {scale: group}`, unclipped. Of the
+    estimator, only the points are read.
 
     Source: RAM (arXiv 2605.10759) and its release.
     """

@@ -34,7 +34,8 @@ class RLOO:
     """L = -mean(A f), A = R - mean of the other rewards of the group, with the KL inside the reward.
 
     The baseline is `advantage: {centre: leave_one_out, scale: none}`, unclipped, on which the plan insists. With
-    `kl_coef` b, the reward is R - b sg(f - q), averaged over points, and so is centred with it.
+    `kl_coef` b, the reward is R - b sg(f - q), averaged over points, and so is centred with it (TRL takes the rollout
+    policy's log-prob for f).
 
     Source: Ahmadian et al. 2024 (arXiv 2402.14740), sec. 2.3, and eq. 3 for the KL in the reward.
     """

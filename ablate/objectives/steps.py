@@ -18,8 +18,9 @@ class GRPOGuard:
     """L = mean max(-A r, -A clip(r, 1 - c, 1 + c)), log r = mean_D(z u), u = mean - mean_old, z the step's noise.
 
     The plain log-ratio of a step is mean_D(z u) / std - |u|^2 / (2 D std^2): negative on average, and of another scale
-    at every step. The normalised one has mean 0 and one scale, so that the clip is reached on both sides at all steps.
-    `per_dt` divides each term by |dt|, as the source does and Flow-Factory's copy does not.
+    at every step. The normalised one, which does not read the estimator's value, has mean 0 and one scale, so that the
+    clip is reached on both sides at all steps. `per_dt` divides each term by |dt|, as the source does and its copy in
+    Flow-Factory does not.
 
     Source: GRPO-Guard, Wang et al. 2025 (arXiv 2510.22319), eqs. 8 and 12.
     """

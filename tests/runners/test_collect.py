@@ -12,7 +12,7 @@ import torch
 from ablate.grid import load_grid
 from ablate.plan import Cell, make_plan
 from ablate.record import Status, read_metrics
-from runners import train
+from runners import checkpoint, train
 from runners.collect import collect
 from runners.rewards import RewardOutput
 from runners.run import Run, set_up
@@ -106,7 +106,6 @@ def test_a_group_can_start_from_the_same_noise(tmp_path: Path) -> None:
     assert start.unique(dim=0).shape[0] == GROUPS
     assert torch.equal(start[0], start[3])
     assert samples.rollout.x0.unique(dim=0).shape[0] == GROUPS * SIZE
-    assert collect(run_of(ODE, tmp_path, rollout__noise="group")).rollout.x0.unique(dim=0).shape[0] == GROUPS
 
 
 def test_batches_do_not_change_the_noise_of_a_group(tmp_path: Path) -> None:
@@ -179,10 +178,22 @@ def test_a_refreshed_reference_is_the_policy_of_that_update(tmp_path: Path) -> N
         reference = [p.detach().clone() for p in run.policy.trainable]
     assert all(torch.equal(r, p) for r, p in zip(reference, run.policy.trainable, strict=True))
     assert not all(torch.equal(r, b) for r, b in zip(reference, base, strict=True))
-    run.progress.epoch = 1
+    run.policy.trainable[0].data.add_(1)  # it does not follow between refreshes
+    with run.policy.using("reference"):
+        assert torch.equal(run.policy.trainable[0], reference[0])
+
+
+def test_a_refreshed_reference_survives_a_checkpoint_and_the_models_own_is_not_stored(tmp_path: Path) -> None:
+    what = "objective: [dpo], estimator: [elbo], sampler: [ode]"
+    run = run_of(what, tmp_path, reference__refresh_every=3)
+    assert "reference" not in run.policy.state()
     train.train_epoch(run)
-    state = run.policy.state()
-    assert state.keys() == {"current", "old", "reference", "average"}
+    checkpoint.save(tmp_path, run.progress, run.policy, run.optimizer)
+    again = run_of(what, tmp_path, reference__refresh_every=3)
+    assert again.progress.update == 3
+    saved, restored = run.policy.state(), again.policy.state()
+    assert saved.keys() == restored.keys() == {"current", "old", "reference", "average"}
+    assert all(torch.equal(a, b) for name in saved for a, b in zip(saved[name], restored[name], strict=True))
 
 
 def test_an_impossible_number_of_candidates_is_refused(tmp_path: Path) -> None:
