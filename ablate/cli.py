@@ -228,7 +228,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def _kept(plan: Plan, grid: Grid, only: list[str] | None, seeds: str | None) -> Plan:
     """The cells that --only and --seeds ask for."""
-    from ablate.grid import COMPONENT_AXES
+    from ablate.part import COMPONENT_AXES
 
     def values(cell: Cell, axis: str) -> list[str]:
         if axis == "id":

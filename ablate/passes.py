@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ablate.components import build
-from ablate.grid import COMPONENT_AXES
+from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
 
 

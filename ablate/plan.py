@@ -13,7 +13,8 @@ from typing import Any
 
 from ablate.compatibility import impossible
 from ablate.components import Component, resolve, short_label, unique_labels
-from ablate.grid import COMPONENT_AXES, Grid, Part
+from ablate.grid import Grid
+from ablate.part import COMPONENT_AXES, Part
 from ablate.recipe import Recipe, Strict
 from ablate.source import FieldError, InputError, Location
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ablate.components import build
-from ablate.grid import COMPONENT_AXES
+from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
 from ablate.recipe import Recipe
 from ablate.record import Ledger, read_metrics

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ablate.grid import COMPONENT_AXES, load_grid
+from ablate.grid import load_grid
+from ablate.part import COMPONENT_AXES
 from ablate.passes import passes
 from ablate.plan import Cell, make_plan
 from ablate.record import Status, read_metrics

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ablate.components import build
-from ablate.grid import COMPONENT_AXES, load_grid
+from ablate.grid import load_grid
+from ablate.part import COMPONENT_AXES
 from ablate.passes import passes
 from ablate.plan import Cell, make_plan
 from ablate.record import Status, read_metrics
