@@ -1,8 +1,11 @@
-"""Checkpoints of a cell: written whole or not at all, the last intact one counts."""
+"""Checkpoints of a cell: written whole or not at all; the newest intact one counts, and the one before is kept."""
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ class Progress:
 
 
 def save(folder: Path, progress: Progress, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint beside the last one, then replace it."""
+    """Write a checkpoint beside the last one, which is kept as the one before."""
     target = folder / "checkpoint"
     target.mkdir(exist_ok=True)
     state = {
@@ -35,25 +38,35 @@ def save(folder: Path, progress: Progress, policy: Policy, optimizer: torch.opti
         "policy": policy.state(),
         "optimizer": optimizer.state_dict(),
     }
-    partial = target / "state.partial"
-    torch.save(state, partial)
-    partial.replace(target / "state.pt")
+    partial, newest = target / "state.partial", target / "state.pt"
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if newest.exists():
+        newest.replace(target / "before.pt")
+    partial.replace(newest)
 
 
 def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Continue from the checkpoint of a cell; None where there is none."""
-    path = folder / "checkpoint" / "state.pt"
-    if not path.exists():
-        return None
-    state: dict[str, Any] = torch.load(path, map_location=policy.device, weights_only=True)
-    policy.load_state(state["policy"])
-    optimizer.load_state_dict(state["optimizer"])
-    return Progress(
-        epoch=state["epoch"],
-        update=state["update"],
-        metrics_bytes=state["metrics_bytes"],
-        cost=Ledger(**state["cost"]),
-    )
+    """Continue from the newest intact checkpoint of a cell; None where there is none. Damaged ones are named."""
+    for path in (folder / "checkpoint" / "state.pt", folder / "checkpoint" / "before.pt"):
+        if not path.exists():
+            continue
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=policy.device, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            print(f"{path} is damaged and left out ({type(error).__name__})", file=sys.stderr)
+            continue
+        policy.load_state(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        return Progress(
+            epoch=state["epoch"],
+            update=state["update"],
+            metrics_bytes=state["metrics_bytes"],
+            cost=Ledger(**state["cost"]),
+        )
+    return None
 
 
 def discard(folder: Path) -> None:

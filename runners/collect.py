@@ -99,38 +99,41 @@ def _round(run: Run, number: int) -> Samples:
 
 @torch.no_grad()
 def roll_out(run: Run, conditioning: Conditioning, number: int = 0) -> Rollout:
-    """Images under the old policy, batch by batch; a sample's noise depends on its index alone."""
+    """Images under the old policy, batch by batch, the same for every batch size."""
+
+    def in_batches(size: int) -> Rollout:
+        parts = batches(len(conditioning.tokens), size)
+        return concatenate(
+            [_batch(run, conditioning.rows(rows), number, range(rows.start, rows.stop)) for rows in parts]
+        )
+
+    with run.policy.using("old"):
+        return run.in_memory("rollout", run.recipe.rollout.batch_size, in_batches)
+
+
+def _batch(run: Run, conditioning: Conditioning, number: int, samples: range) -> Rollout:
+    """These samples of a round; the noise of each depends on its index alone."""
     recipe, policy = run.recipe.rollout, run.policy
-    sigmas = NOISE_SCHEDULES[recipe.noise_schedule](recipe.num_steps, policy.shift)
-    size = recipe.candidates or recipe.group_size
     labels = (run.cell.seed, "rollout", run.progress.epoch, number)
-    rollouts = []
-    with policy.using("old"):
-        for rows in batches(len(conditioning.tokens), recipe.batch_size):
-            samples = range(rows.start, rows.stop)
-            own = streams(*labels, samples=samples)
-            start = (
-                own
-                if recipe.noise == "independent"
-                else streams(*labels, "group", samples=[i // size for i in samples])
-            )
-            noise = start.normal(policy.latent_shape, torch.empty((), device=policy.device))
-            field = policy.field(conditioning.rows(rows), recipe.guidance_scale)
-            if recipe.truncate_timesteps:
-                field = _truncated(field)
-            seen: list[Tensor] = []
-            if "latents" in run.estimator.needs:
-                field = _recorded(field, seen)
-            rollout = run.sampler.sample(field, noise, sigmas=sigmas, epoch=run.progress.epoch, streams=own)
-            rollouts.append(
-                replace(
-                    rollout,
-                    transitions=rollout.transitions if "transitions" in run.estimator.needs else None,
-                    latents=torch.stack(seen, 1) if seen else None,
-                )
-            )
-            run.spend(forwards=len(samples) * recipe.num_steps * (1 + (recipe.guidance_scale > 1)))
-    return concatenate(rollouts)
+    own = start = streams(*labels, samples=samples)
+    if recipe.noise == "group":
+        size = recipe.candidates or recipe.group_size
+        start = streams(*labels, "group", samples=[i // size for i in samples])
+    noise = start.normal(policy.latent_shape, torch.empty((), device=policy.device))
+    field = policy.field(conditioning, recipe.guidance_scale)
+    if recipe.truncate_timesteps:
+        field = _truncated(field)
+    seen: list[Tensor] = []
+    if "latents" in run.estimator.needs:
+        field = _recorded(field, seen)
+    sigmas = NOISE_SCHEDULES[recipe.noise_schedule](recipe.num_steps, policy.shift)
+    rollout: Rollout = run.sampler.sample(field, noise, sigmas=sigmas, epoch=run.progress.epoch, streams=own)
+    run.spend(forwards=len(samples) * recipe.num_steps * (1 + (recipe.guidance_scale > 1)))
+    return replace(
+        rollout,
+        transitions=rollout.transitions if "transitions" in run.estimator.needs else None,
+        latents=torch.stack(seen, 1) if seen else None,
+    )
 
 
 def _truncated(field: Velocity) -> Velocity:

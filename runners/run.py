@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,9 +20,12 @@ from ablate.record import Ledger, read_metrics
 from ablate.seeding import derive_seed
 from runners import checkpoint
 from runners.checkpoint import Progress
+from runners.memory import in_memory
 from runners.policy import Policy, SD3Policy
 from runners.prompts import PromptSource, load_prompts
 from runners.rewards import Reward, load_reward
+
+Result = TypeVar("Result")
 
 
 class Diverged(Exception):
@@ -41,6 +44,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     progress: Progress
     target_reached: bool = False
+    batch_sizes: dict[str, int] = field(
+        default_factory=dict
+    )  # of rollout and update, smaller than asked for if need be
     objective: Any = field(init=False)
     estimator: Any = field(init=False)
     sampler: Any = field(init=False)
@@ -51,6 +57,11 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         return self.cell.recipe
+
+    def in_memory(self, phase: str, size: int, attempt: Callable[[int], Result]) -> Result:
+        """`attempt(size)`, or with the size that has fitted into memory before."""
+        result, self.batch_sizes[phase] = in_memory(self.batch_sizes.get(phase, size), attempt)
+        return result
 
     @contextmanager
     def booked(self, phase: str) -> Iterator[None]:

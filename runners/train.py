@@ -31,8 +31,9 @@ from runners.evaluation import evaluate
 from runners.policy import Conditioning
 from runners.provenance import note_attempt, provenance
 from runners.run import Diverged, Run, set_up
-from runners.surrogate import Batch, accumulate_gradient
+from runners.surrogate import Ask, Batch, accumulate_gradient
 
+MAX_ON_POLICY_LOG_RATIO = 1e-3  # nats per latent dimension; float32 gives 1e-7, bfloat16 1e-5
 EMA_WARMUP = 10  # decay min(ema_decay, (1 + t) / (10 + t)) after t updates
 
 
@@ -139,22 +140,32 @@ def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
             run.spend(**{"backwards" if torch.is_grad_enabled() else "forwards": calls})
             return velocity.reshape(n, m, *velocity.shape[1:])
 
-        run.optimizer.zero_grad()
-        values = accumulate_gradient(
-            run.objective,
-            run.estimator,
-            Batch(
-                probe=part,
-                advantage=advantage[rows].to(policy.device),
-                group=group[rows].to(policy.device),
-                group_size=size,
-                reward=reward[rows].to(policy.device),
-            ),
-            ask,
-            micro_batch_size=recipe.micro_batch_size,
-            kl=run.recipe.kl,
-            old_is_current=i == 0 and old_decay == 0,
+        batch = Batch(
+            probe=part,
+            advantage=advantage[rows].to(policy.device),
+            group=group[rows].to(policy.device),
+            group_size=size,
+            reward=reward[rows].to(policy.device),
         )
+        on_policy = i == 0 and old_decay == 0
+
+        def gradient(
+            micro_batch_size: int, batch: Batch = batch, ask: Ask = ask, on_policy: bool = on_policy
+        ) -> dict[str, Tensor]:
+            run.optimizer.zero_grad()
+            return accumulate_gradient(
+                run.objective,
+                run.estimator,
+                batch,
+                ask,
+                micro_batch_size=micro_batch_size,
+                kl=run.recipe.kl,
+                old_is_current=on_policy,
+            )
+
+        values = run.in_memory("update", recipe.micro_batch_size, gradient)
+        if on_policy:
+            _check_on_policy(run, values)
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable, recipe.max_grad_norm or math.inf)
         _check("gradient", norm)
         run.optimizer.step()
@@ -167,6 +178,17 @@ def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
         metrics.append({name: float(value) for name, value in values.items()} | {"grad_norm": float(norm)})
     policy.blend("old", run.recipe.old_policy.decay(progress.update))
     return {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+
+
+def _check_on_policy(run: Run, values: dict[str, Tensor]) -> None:
+    """Where rollout and update ask the same policy about the same steps, its likelihood ratio must be 1."""
+    ratio = values.get("log_ratio_abs")
+    expected = "transitions" in run.estimator.needs and not run.recipe.rollout.truncate_timesteps
+    if ratio is not None and expected and float(ratio) > MAX_ON_POLICY_LOG_RATIO:
+        raise RuntimeError(
+            f"on-policy, the log-ratio of the trajectory is {float(ratio):.1e} per dimension, above "
+            f"{MAX_ON_POLICY_LOG_RATIO:.0e}: the update does not see what the rollout saw (dtype, guidance, dropout?)"
+        )
 
 
 def _check(what: str, value: Tensor) -> None:

@@ -201,3 +201,65 @@ def test_a_target_ends_the_cell(tmp_path: Path) -> None:
     evaluation = cell.recipe.evaluation.model_copy(update={"every": 2})
     record = train.train_cell(folder_of(cell, tmp_path, budget=budget, evaluation=evaluation))
     assert (record.status, record.epochs) == (Status.DONE, 0)
+
+
+@pytest.mark.parametrize("length", [0, 100, 5000])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_counts(tmp_path: Path, length: int, capsys) -> None:
+    cell = BY_NAME["grpo/elbo-simple/ode"]
+    run = set_up(folder_of(cell, tmp_path), cell)
+    for epoch in (1, 2):
+        run.progress.epoch = epoch
+        checkpoint.save(tmp_path, run.progress, run.policy, run.optimizer)
+    newest = tmp_path / "checkpoint" / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:length])
+    assert set_up(tmp_path, cell).progress.epoch == 1
+    assert f"{newest} is damaged and left out" in capsys.readouterr().err
+    (tmp_path / "checkpoint" / "before.pt").unlink()
+    assert set_up(tmp_path, cell).progress.epoch == 0
+
+
+def test_what_does_not_fit_into_memory_is_done_in_smaller_batches_with_the_same_result(tmp_path: Path, capsys) -> None:
+    """A device that holds 5 images at most: rollout and update go on with smaller batches, and so do later ones."""
+    cell = BY_NAME["gspo/elbo-simple/ode"]
+    metrics = {}
+    for limit in (1000, 5):
+        run = set_up(folder_of(cell, tmp_path), cell)
+        real = run.policy.velocity
+
+        def limited(x, *rest, limit=limit, real=real):
+            if len(x) > limit:
+                raise torch.OutOfMemoryError("too many")
+            return real(x, *rest)
+
+        run.policy.velocity = limited
+        metrics[limit] = train.train_epoch(run)
+        assert run.batch_sizes == ({"rollout": 128, "update": 16} if limit > 100 else {"rollout": 4, "update": 4})
+    assert "out of memory; going on with batches of 4" in capsys.readouterr().out
+    assert metrics[5] == pytest.approx(metrics[1000], rel=1e-3)
+
+
+def test_even_one_image_can_be_too_many(tmp_path: Path) -> None:
+    cell = BY_NAME["gspo/elbo-simple/ode"]
+    run = set_up(folder_of(cell, tmp_path), cell)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("too many")
+
+    run.policy.velocity = full
+    with pytest.raises(torch.OutOfMemoryError):
+        train.train_epoch(run)
+
+
+def test_a_ratio_that_is_not_one_on_policy_stops_the_cell_with_the_reason(tmp_path: Path, monkeypatch) -> None:
+    cell = BY_NAME["grpo/trajectory/sde"]
+    real = train.collect
+
+    def shaken(run):
+        samples = real(run)
+        samples.rollout.transitions.x.mul_(1.2)
+        return samples
+
+    monkeypatch.setattr(train, "collect", shaken)
+    record = train.train_cell(folder_of(cell, tmp_path))
+    assert record.status is Status.FAILED
+    assert "on-policy, the log-ratio of the trajectory is" in record.message
