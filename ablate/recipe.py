@@ -34,12 +34,24 @@ class ModelRecipe(Strict):
     """`tiny` (the embedded pipeline), a folder written by `save_pretrained`, or a hub id."""
     revision: str | None = None
     """Commit or tag of the hub repository."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen weights; trained weights and log-probs are float32. Not float16: without loss scaling, gradients
-    of a mean over 65,536 dimensions round to zero."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights; trained weights and log-probs are float32. With float16 the loss is scaled, as gradients
+    of a mean over 65,536 dimensions would round to zero."""
     lora_rank: Count | None = None
     """Rank of a LoRA on the attention projections; null trains all weights of the transformer."""
     lora_alpha: Positive = 64
+    lora_second_attention: bool = False
+    """Adapts the second attention of SD 3.5 Medium's first blocks too."""
+    tf32: bool = False
+    """TensorFloat-32 in float32 matrix products, where the device has it."""
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward: less memory, a third more time."""
+    vae_tiling: bool = False
+    """Decodes images in tiles: less memory at high resolution."""
+    offload_encoders: bool = False
+    """Text encoders are on the device only while they encode."""
+    cache_embeddings: bool = False
+    """Keeps prompt embeddings on disk, under ABLATE_CACHE or ~/.cache/ablate."""
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] = 256
     """Tokens of the T5 encoder; 0 loads none."""
     resolution: Count = 512

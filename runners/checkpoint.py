@@ -26,7 +26,9 @@ class Progress:
     cost: Ledger = field(default_factory=Ledger)
 
 
-def save(folder: Path, progress: Progress, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+def save(
+    folder: Path, progress: Progress, policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
     """Write a checkpoint beside the last one, which is kept as the one before."""
     target = folder / "checkpoint"
     target.mkdir(exist_ok=True)
@@ -37,6 +39,7 @@ def save(folder: Path, progress: Progress, policy: Policy, optimizer: torch.opti
         "cost": progress.cost.model_dump(),
         "policy": policy.state(),
         "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
     }
     partial, newest = target / "state.partial", target / "state.pt"
     with partial.open("wb") as file:
@@ -48,7 +51,9 @@ def save(folder: Path, progress: Progress, policy: Policy, optimizer: torch.opti
     partial.replace(newest)
 
 
-def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress | None:
+def restore(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> Progress | None:
     """Continue from the newest intact checkpoint of a cell; None where there is none. Damaged ones are named."""
     for path in (folder / "checkpoint" / "state.pt", folder / "checkpoint" / "before.pt"):
         if not path.exists():
@@ -60,6 +65,7 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> P
             continue
         policy.load_state(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
         return Progress(
             epoch=state["epoch"],
             update=state["update"],

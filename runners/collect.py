@@ -12,8 +12,8 @@ from torch import Tensor
 from ablate.flow import NOISE_SCHEDULES, Velocity
 from ablate.rollout import Rollout, concatenate, select
 from ablate.seeding import derive_seed, streams
+from runners.embeddings import Conditioning
 from runners.evaluation import batches, means
-from runners.policy import Conditioning
 from runners.run import Diverged, Run
 
 
@@ -171,8 +171,7 @@ def _joined(parts: list[Samples]) -> Samples:
         parts[0],
         rollout=concatenate([p.rollout for p in parts]),
         conditioning=Conditioning(
-            tokens=torch.cat([p.conditioning.tokens for p in parts]),
-            pooled=torch.cat([p.conditioning.pooled for p in parts]),
+            torch.cat([p.conditioning.tokens for p in parts]), torch.cat([p.conditioning.pooled for p in parts])
         ),
         rewards=rewards,
         group=torch.arange(len(rewards) // size).repeat_interleave(size),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from ablate.flow import Velocity
 from ablate.recipe import ModelRecipe
 from ablate.source import InputError
+from runners.embeddings import Conditioning, Embeddings, cache_folder
 from runners.identity import model_path
 
 Weights = Literal["current", "old", "reference", "average"]
@@ -34,16 +35,8 @@ LORA_TARGETS = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conditioning:
-    """Prompt embeddings, and those of the empty prompt for guidance."""
-
-    tokens: Tensor  # [b, t, d]
-    pooled: Tensor  # [b, e]
-
-    def rows(self, index: Tensor | slice) -> Conditioning:
-        """The embeddings of some samples."""
-        return Conditioning(tokens=self.tokens[index], pooled=self.pooled[index])
+SECOND_ATTENTION = [f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]  # of the dual-attention blocks
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class Policy(Protocol):
@@ -77,12 +70,17 @@ class SD3Policy:
     def __init__(self, recipe: ModelRecipe, device: torch.device) -> None:
         self.device = device
         self.recipe = recipe
-        self.pipe = _load(recipe).to(device)
+        torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")
+        self.pipe = _load(recipe)
         self.pipe.set_progress_bar_config(disable=True)
-        for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3):
-            if part is not None:
-                part.requires_grad_(False).eval()
+        self._encoders = [p for p in (getattr(self.pipe, name) for name in ENCODERS) if p is not None]
+        for part in (self.pipe.vae, *self._encoders):
+            part.requires_grad_(False).eval()
+        for part in (self.pipe.vae, self.pipe.transformer, *([] if recipe.offload_encoders else self._encoders)):
+            part.to(device)
         self.pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are a third of a small model's rollout
+        if recipe.vae_tiling:
+            self.pipe.vae.enable_tiling()
         network = self.network = self.pipe.transformer
         network.requires_grad_(recipe.lora_rank is None)
         if recipe.lora_rank is not None:
@@ -90,9 +88,11 @@ class SD3Policy:
                 r=recipe.lora_rank,
                 lora_alpha=recipe.lora_alpha,
                 init_lora_weights="gaussian",
-                target_modules=LORA_TARGETS,
+                target_modules=[*LORA_TARGETS, *(SECOND_ATTENTION if recipe.lora_second_attention else [])],
             )
             network.add_adapter(config)
+        if recipe.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
         self.trainable = [p for p in network.parameters() if p.requires_grad]
         for p in self.trainable:
             p.data = p.data.float()
@@ -103,24 +103,27 @@ class SD3Policy:
             name: [p.detach().clone() for p in self.trainable] for name in ("old", "reference", "average")
         }
         self._refreshed = False
-        self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
+        self.encode = Embeddings(self._encode, device, _cache(recipe) if recipe.cache_embeddings else None)
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Embeddings of the texts, each computed once."""
-        for text in dict.fromkeys(texts):
-            if text not in self._embeddings:
-                tokens, _, pooled, _ = self.pipe.encode_prompt(
-                    text,
-                    None,
-                    None,
-                    do_classifier_free_guidance=False,
-                    max_sequence_length=self.recipe.max_sequence_length,
-                    device=self.device,
-                )
-                self._embeddings[text] = (tokens[0], pooled[0])
-        tokens, pooled = zip(*(self._embeddings[text] for text in texts), strict=True)
-        return Conditioning(tokens=torch.stack(tokens), pooled=torch.stack(pooled))
+    def _encode(self, texts: list[str]) -> Conditioning:
+        """Embeddings, each text by itself; offloaded encoders visit the device for as long as it takes."""
+        for encoder in self._encoders if self.recipe.offload_encoders else ():
+            encoder.to(self.device)
+        encoded = [
+            self.pipe.encode_prompt(
+                text,
+                None,
+                None,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.recipe.max_sequence_length,
+                device=self.device,
+            )
+            for text in texts
+        ]
+        for encoder in self._encoders if self.recipe.offload_encoders else ():
+            encoder.to("cpu")
+        return Conditioning(torch.cat([e[0] for e in encoded]), torch.cat([e[2] for e in encoded]))
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0) -> Tensor:
         """The network's velocity at x [n, c, h, w], sigma [n]; float32. With guidance, u + s (v - u)."""
@@ -128,8 +131,8 @@ class SD3Policy:
             return self._call(x, sigma, conditioning)
         empty = self.encode([""])
         both = Conditioning(
-            tokens=torch.cat([empty.tokens.expand(len(x), -1, -1), conditioning.tokens]),
-            pooled=torch.cat([empty.pooled.expand(len(x), -1), conditioning.pooled]),
+            torch.cat([empty.tokens.expand(len(x), -1, -1), conditioning.tokens]),
+            torch.cat([empty.pooled.expand(len(x), -1), conditioning.pooled]),
         )
         without, with_prompt = self._call(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         return without + guidance_scale * (with_prompt - without)
@@ -194,6 +197,19 @@ class SD3Policy:
         mine = self.state()
         for name, tensors in state.items():
             torch._foreach_copy_(mine[name], tensors)
+
+
+def _cache(recipe: ModelRecipe) -> Path:
+    """The folder of this recipe's embeddings; local encoders count with the size and time of their files."""
+    folder = Path(model_path(recipe.path))
+    files = sorted(p for name in ENCODERS for p in (folder / name).glob("*") if p.is_file())
+    return cache_folder(
+        model=str(folder.resolve()) if folder.exists() else recipe.path,
+        revision=recipe.revision,
+        files=[(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files],
+        max_sequence_length=recipe.max_sequence_length,
+        dtype=recipe.dtype,
+    )
 
 
 def _load(recipe: ModelRecipe) -> StableDiffusion3Pipeline:

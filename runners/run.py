@@ -42,6 +42,7 @@ class Run:
     prompts: PromptSource
     reward: Reward
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of the loss, for float16
     progress: Progress
     target_reached: bool = False
     batch_sizes: dict[str, int] = field(
@@ -116,7 +117,8 @@ def set_up(folder: Path, cell: Cell) -> Run:
         eps=update.epsilon,
         weight_decay=update.weight_decay,
     )
-    progress = checkpoint.restore(folder, policy, optimizer) or Progress()
+    scaler = torch.amp.GradScaler(device.type, enabled=cell.recipe.model.dtype == "float16")
+    progress = checkpoint.restore(folder, policy, optimizer, scaler) or Progress()
     _drop_lines_after(folder, progress)
     return Run(
         folder=folder,
@@ -125,6 +127,7 @@ def set_up(folder: Path, cell: Cell) -> Run:
         prompts=load_prompts(cell.recipe.prompts),
         reward=load_reward(cell.recipe.reward),
         optimizer=optimizer,
+        scaler=scaler,
         progress=progress,
     )
 

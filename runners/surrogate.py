@@ -61,8 +61,12 @@ def accumulate_gradient(
     micro_batch_size: int,
     kl: KLRecipe | None = None,
     old_is_current: bool = False,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> dict[str, Tensor]:
-    """Add d(objective + kl.coef KL) / d parameters to `.grad`; returns the loss and the objective's metrics."""
+    """Add d(objective + kl.coef KL) / d parameters to `.grad`; returns the loss and the objective's metrics.
+
+    `scale` multiplies what the backward starts from, for gradients in float16.
+    """
     num_samples, num_points = batch.probe.sigma.shape
     kl = kl or KLRecipe()
 
@@ -155,7 +159,7 @@ def accumulate_gradient(
             distance = KINDS[kl.kind](difference).mean()
             parts["kl"] = distance.detach()
             loss = loss + kl.coef * distance * chunk.share
-        loss.backward()  # type: ignore[no-untyped-call]
+        scale(loss).backward()  # type: ignore[no-untyped-call]
         for name, value in parts.items():
             metrics[name] = metrics.get(name, torch.zeros_like(value)) + value * chunk.share
     return metrics

@@ -27,8 +27,8 @@ from ablate.seeding import generator, streams
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.collect import Samples, collect
+from runners.embeddings import Conditioning
 from runners.evaluation import evaluate
-from runners.policy import Conditioning
 from runners.provenance import note_attempt, provenance
 from runners.run import Diverged, Run, set_up
 from runners.surrogate import Ask, Batch, accumulate_gradient
@@ -87,7 +87,7 @@ def _train(run: Run, interrupted: list[int]) -> bool:
         run.log(metrics)
         if interrupted or progress.epoch % recipe.checkpoint_every == 0:
             with run.booked("checkpoint"):
-                checkpoint.save(run.folder, progress, run.policy, run.optimizer)
+                checkpoint.save(run.folder, progress, run.policy, run.optimizer, run.scaler)
         if interrupted and not run.spent:
             return False
     return True
@@ -161,14 +161,18 @@ def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
                 micro_batch_size=micro_batch_size,
                 kl=run.recipe.kl,
                 old_is_current=on_policy,
+                scale=run.scaler.scale,
             )
 
         values = run.in_memory("update", recipe.micro_batch_size, gradient)
         if on_policy:
             _check_on_policy(run, values)
+        run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable, recipe.max_grad_norm or math.inf)
-        _check("gradient", norm)
-        run.optimizer.step()
+        if not run.scaler.is_enabled():  # which leaves out updates that overflow, and lowers the scale
+            _check("gradient", norm)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         decay = run.recipe.evaluation.ema_decay
         policy.blend("average", min(decay, (1 + progress.update) / (EMA_WARMUP + progress.update)))
         progress.update += 1

@@ -58,7 +58,7 @@ def planned(tmp_path: Path) -> Any:
     return plan
 
 
-GOLDEN = ["grpo-elbo-simple-sde-s0-b5e2e8f8", "grpo-trajectory-sde-s0-c280ed14"]
+GOLDEN = ["grpo-elbo-simple-sde-s0-3668b9a7", "grpo-trajectory-sde-s0-9098443f"]
 
 
 def ids(plan: Plan) -> set[str]:

@@ -188,7 +188,7 @@ def test_a_refreshed_reference_survives_a_checkpoint_and_the_models_own_is_not_s
     run = run_of(what, tmp_path, reference__refresh_every=3)
     assert "reference" not in run.policy.state()
     train.train_epoch(run)
-    checkpoint.save(tmp_path, run.progress, run.policy, run.optimizer)
+    checkpoint.save(tmp_path, run.progress, run.policy, run.optimizer, run.scaler)
     again = run_of(what, tmp_path, reference__refresh_every=3)
     assert again.progress.update == 3
     saved, restored = run.policy.state(), again.policy.state()

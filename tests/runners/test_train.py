@@ -192,7 +192,7 @@ def test_components_round_trip_through_cell_json() -> None:
 
 
 def test_checkpoints_of_nothing_are_none(tmp_path: Path) -> None:
-    assert checkpoint.restore(tmp_path, None, None) is None
+    assert checkpoint.restore(tmp_path, None, None, None) is None
 
 
 def test_a_target_ends_the_cell(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_counts(tmp_path: Pa
     run = set_up(folder_of(cell, tmp_path), cell)
     for epoch in (1, 2):
         run.progress.epoch = epoch
-        checkpoint.save(tmp_path, run.progress, run.policy, run.optimizer)
+        checkpoint.save(tmp_path, run.progress, run.policy, run.optimizer, run.scaler)
     newest = tmp_path / "checkpoint" / "state.pt"
     newest.write_bytes(newest.read_bytes()[:length])
     assert set_up(tmp_path, cell).progress.epoch == 1

@@ -1,0 +1,144 @@
+"""A pipeline with SD 3.5 Medium's structure goes through the runner, and its options do what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sd35 import SENTENCES, write_pipeline
+
+from ablate.grid import load_grid
+from ablate.plan import Cell, make_plan
+from ablate.recipe import ModelRecipe
+from ablate.record import Status, read_metrics
+from runners import train
+from runners.policy import SD3Policy
+from runners.run import set_up
+
+GRIDS = Path(__file__).parents[2] / "grids"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("sd35"))
+
+
+def recipe(folder: Path, **fields: Any) -> ModelRecipe:
+    given = {"path": str(folder), "lora_rank": 4, "max_sequence_length": 16, "resolution": 64}
+    return ModelRecipe.model_validate(given | fields)
+
+
+def cell(folder: Path, what: str, tmp_path: Path, **fields: Any) -> Cell:
+    (tmp_path / "g.yaml").write_text(
+        f"name: g\nrecipe: {GRIDS / 'recipes' / 'tiny-scenes.yaml'}\naxes: {what}\nseeds: [0]\n"
+        f"override: {{reward: jpeg, model: {recipe(folder, **fields).model_dump_json()}}}\n"
+    )
+    settings = {
+        "rollout.num_groups": 3,
+        "rollout.group_size": 4,
+        "rollout.num_steps": 4,
+        "update.updates_per_epoch": 1,
+        "update.micro_batch_size": 16,
+        "evaluation.num_prompts": 6,
+        "evaluation.num_steps": 2,
+        "budget.epochs": 2,
+    }
+    return make_plan(load_grid(tmp_path / "g.yaml", settings)).cells[0]
+
+
+ODE = "{objective: [epg], estimator: [elbo], sampler: [ode]}"
+SDE = "{objective: [grpo], estimator: [trajectory], sampler: [sde]}"
+
+
+@pytest.mark.parametrize("what", [ODE, SDE])
+@pytest.mark.parametrize(
+    "fields", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "lora_rank": None}, {"dtype": "float16"}], ids=str
+)
+def test_the_structure_of_sd35_goes_through_rollout_and_update(
+    folder: Path, tmp_path: Path, what: str, fields: dict[str, Any]
+) -> None:
+    (tmp_path / "cell.json").write_text(cell(folder, what, tmp_path, **fields).model_dump_json())
+    record = train.train_cell(tmp_path)
+    assert (record.status, record.message) == (Status.DONE, "")
+    lines = read_metrics(tmp_path)
+    assert all(line["train/grad_norm"] > 0 for line in lines[1:])
+    assert lines[1]["train/log_ratio_abs"] < (1e-3 if fields else 1e-6)  # on-policy
+
+
+def test_the_lora_is_on_the_projections_of_the_recipe(folder: Path) -> None:
+    def adapted(**fields: Any) -> set[str]:
+        policy = SD3Policy(recipe(folder, **fields), CPU)
+        return {name.split(".lora_A")[0] for name, p in policy.network.named_parameters() if ".lora_A." in name}
+
+    plain, both = adapted(), adapted(lora_second_attention=True)
+    assert len(plain) == 15  # eight in each block, but the last has no output of its text stream
+    assert both - plain == {f"transformer_blocks.0.attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")}
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(folder: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        policy = SD3Policy(recipe(folder, gradient_checkpointing=checkpointing), CPU)
+        for p in policy.trainable:
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+        x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+        velocity = policy.velocity(x, torch.tensor([0.3, 0.8]), policy.encode(SENTENCES[:2]))
+        velocity.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable]))
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_embeddings_do_not_depend_on_how_they_come(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Alone or with others, from disk, or by encoders that visit the device."""
+    monkeypatch.setenv("ABLATE_CACHE", str(tmp_path))
+    plain = SD3Policy(recipe(folder), CPU).encode(SENTENCES)
+    assert plain.tokens.shape == (3, 9 + 16, 32)
+    one_by_one = SD3Policy(recipe(folder), CPU)
+    alone = torch.cat([one_by_one.encode([text]).tokens for text in SENTENCES])
+    torch.testing.assert_close(alone, plain.tokens)
+    for fields in ({"cache_embeddings": True}, {"cache_embeddings": True, "offload_encoders": True}):
+        found = SD3Policy(recipe(folder, **fields), CPU).encode(SENTENCES)
+        torch.testing.assert_close(found.tokens, plain.tokens)
+        torch.testing.assert_close(found.pooled, plain.pooled)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+
+
+def test_a_cached_prompt_is_not_encoded_again_and_another_model_has_its_own(
+    folder: Path, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("ABLATE_CACHE", str(tmp_path))
+    first = SD3Policy(recipe(folder, cache_embeddings=True), CPU)
+    first.encode(SENTENCES)
+    again = SD3Policy(recipe(folder, cache_embeddings=True), CPU)
+    asked: list[str] = []
+    monkeypatch.setattr(again.encode, "_encode", lambda texts: asked.extend(texts) or first.encode(texts))
+    again.encode([*SENTENCES, "a circle"])
+    assert asked == ["a circle"]
+    SD3Policy(recipe(folder, cache_embeddings=True, max_sequence_length=8), CPU).encode(SENTENCES[:1])
+    assert len({path.parent for path in tmp_path.rglob("*.safetensors")}) == 2
+
+
+def test_decoding_in_tiles_gives_an_image_of_the_same_size(folder: Path) -> None:
+    images = []
+    for tiling in (False, True):
+        policy = SD3Policy(recipe(folder, resolution=128, vae_tiling=tiling), CPU)
+        latents = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+        images.append(policy.decode(latents))
+    assert images[0].shape == images[1].shape == (1, 128, 128, 3)
+    assert np.abs(images[0].astype(float) - images[1]).mean() < 60
+
+
+def test_rollout_guidance_asks_twice(folder: Path, tmp_path: Path) -> None:
+    run = set_up(tmp_path, cell(folder, ODE, tmp_path))
+    x, sigma = torch.randn(2, *run.policy.latent_shape), torch.tensor([0.4, 0.9])
+    conditioning, empty = run.policy.encode(SENTENCES[:2]), run.policy.encode(["", ""])
+    with torch.no_grad():
+        given, without = (run.policy.velocity(x, sigma, c, 1.0) for c in (conditioning, empty))
+        guided = run.policy.velocity(x, sigma, conditioning, 4.5)
+    torch.testing.assert_close(guided, without + 4.5 * (given - without), atol=1e-4, rtol=1e-3)
