@@ -1,4 +1,4 @@
-"""The command line: `ablate plan | run | cell | status | report | sync | list`.
+"""The command line: `ablate plan | run | cell | status | report | eval | sync | list`.
 
 The one place that knows all packages; each command imports what it needs, so that `--help` is instant.
 """
@@ -172,6 +172,34 @@ def report(
 
     for path in write_report(results, out):
         typer.echo(path)
+
+
+@app.command(name="eval")
+def evaluate(
+    results: Annotated[Path, typer.Argument(help="A grid's results, e.g. results/tiny")],
+    rewards: Annotated[
+        list[str] | None, typer.Option("--reward", help="Score with this reward; repeat for more")
+    ] = None,
+    guidance: Annotated[list[float] | None, typer.Option(help="Guidance scale; repeat for more")] = None,
+    cells: Annotated[list[str] | None, typer.Option("--cell", help="This cell alone; repeat for more")] = None,
+) -> None:
+    """Score finished cells and their base model on the held-out prompts, with any rewards and guidance scales."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from runners.cell_evaluation import evaluate_cells
+
+    console = Console()
+    rows = list(evaluate_cells(results, rewards or [], guidance or [None], cells or []))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        table.add_column(name, justify="left" if name in ("model", "reward") else "right", overflow="fold")
+    for row in rows:
+        values = (row.get(name, "") for name in names)
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
+    console.print(table)
+    console.print(f"Images and scores: {results / 'evaluations'}", soft_wrap=True)
 
 
 @app.command()

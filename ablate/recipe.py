@@ -213,6 +213,8 @@ class Recipe(Strict):
     update: UpdateRecipe = UpdateRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     budget: BudgetRecipe
+    export_weights: bool = True
+    """Writes the weights of a finished cell as diffusers loads them; `ablate eval` needs them."""
     checkpoint_every: Count = 10
     """Epochs between checkpoints, from which an interrupted cell resumes."""
 

@@ -21,7 +21,7 @@ from ablate.seeding import derive_seed
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.memory import in_memory
-from runners.policy import Policy, SD3Policy
+from runners.policy import SD3Policy
 from runners.prompts import PromptSource, load_prompts
 from runners.rewards import Reward, load_reward
 
@@ -38,7 +38,7 @@ class Run:
 
     folder: Path
     cell: Cell
-    policy: Policy
+    policy: SD3Policy
     prompts: PromptSource
     reward: Reward
     optimizer: torch.optim.Optimizer

@@ -29,6 +29,7 @@ from runners.checkpoint import Progress
 from runners.collect import Samples, collect
 from runners.embeddings import Conditioning
 from runners.evaluation import evaluate
+from runners.export import export
 from runners.provenance import note_attempt, provenance
 from runners.run import Diverged, Run, set_up
 from runners.surrogate import Ask, Batch, accumulate_gradient
@@ -48,6 +49,8 @@ def train_cell(folder: Path) -> Record:
             run = set_up(folder, cell)
             progress = run.progress
             status = Status.DONE if _train(run, interrupted) else Status.INTERRUPTED
+            if status.final and cell.recipe.export_weights:
+                export(folder, cell, run.policy)
     except Diverged as divergence:
         status, message = Status.DIVERGED, str(divergence)
     except KeyboardInterrupt:

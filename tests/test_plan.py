@@ -58,7 +58,7 @@ def planned(tmp_path: Path) -> Any:
     return plan
 
 
-GOLDEN = ["grpo-elbo-simple-sde-s0-3668b9a7", "grpo-trajectory-sde-s0-9098443f"]
+GOLDEN = ["grpo-elbo-simple-sde-s0-d1578de2", "grpo-trajectory-sde-s0-f19b11f0"]
 
 
 def ids(plan: Plan) -> set[str]:

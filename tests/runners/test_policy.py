@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from sd35 import SENTENCES, write_pipeline
 
 from ablate.grid import load_grid
 from ablate.plan import Cell, make_plan
 from ablate.recipe import ModelRecipe
 from ablate.record import Status, read_metrics
+from ablate.source import InputError
 from runners import train
+from runners.cell_evaluation import evaluate_cells
+from runners.export import load
 from runners.policy import SD3Policy
 from runners.run import set_up
 
@@ -142,3 +147,71 @@ def test_rollout_guidance_asks_twice(folder: Path, tmp_path: Path) -> None:
         given, without = (run.policy.velocity(x, sigma, c, 1.0) for c in (conditioning, empty))
         guided = run.policy.velocity(x, sigma, conditioning, 4.5)
     torch.testing.assert_close(guided, without + 4.5 * (given - without), atol=1e-4, rtol=1e-3)
+
+
+# what a finished cell leaves
+
+
+def trained(folder: Path, tmp_path: Path, **fields: Any) -> tuple[Cell, Path]:
+    chosen = cell(folder, ODE, tmp_path, **fields)
+    home = tmp_path / "results" / chosen.id
+    home.mkdir(parents=True)
+    (home / "cell.json").write_text(chosen.model_dump_json())
+    assert train.train_cell(home).status is Status.DONE
+    return chosen, home
+
+
+def image(pipe: StableDiffusion3Pipeline) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(
+        SENTENCES[0], num_inference_steps=2, guidance_scale=1.0, max_sequence_length=16, height=64, width=64,
+        generator=generator, output_type="np",
+    ).images[0]  # fmt: skip
+
+
+def test_an_exported_lora_is_loaded_by_diffusers_and_gives_the_same_image(folder: Path, tmp_path: Path) -> None:
+    _, home = trained(folder, tmp_path, lora_alpha=16)
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    before = image(pipe)
+    pipe.load_lora_weights(home / "weights")
+    loaded = image(pipe)
+    own = SD3Policy(recipe(folder, lora_alpha=16), CPU)
+    load(home, own)
+    assert np.abs(loaded - before).max() > 1e-6
+    np.testing.assert_allclose(image(own.pipe), loaded, atol=1e-5)
+    card = (home / "weights" / "README.md").read_text()
+    assert "A LoRA of rank 4" in card
+    assert 'pipe.load_lora_weights(".")' in card
+
+
+def test_all_weights_are_exported_where_all_are_trained(folder: Path, tmp_path: Path) -> None:
+    _, home = trained(folder, tmp_path, lora_rank=None)
+    whole = SD3Transformer2DModel.from_pretrained(home / "weights" / "transformer")
+    own = SD3Policy(recipe(folder, lora_rank=None), CPU)
+    load(home, own)
+    for a, b in zip(whole.parameters(), own.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_eval_scores_the_base_and_finished_cells(folder: Path, tmp_path: Path) -> None:
+    chosen, home = trained(folder, tmp_path)
+    rows = list(evaluate_cells(home.parent, ["jpeg", "scenes"], [None, 3.0]))
+    assert [(row["model"], row["guidance"], row["reward"]) for row in rows] == [
+        (model, scale, reward) for model in ("base", chosen.id) for scale in (1.0, 3.0) for reward in ("jpeg", "scenes")
+    ]
+    lines = read_metrics(home)
+    assert rows[0]["score"] == pytest.approx(lines[0]["eval/score"])
+    assert rows[4]["score"] == pytest.approx(lines[-1]["eval/score"])
+    written = json.loads((home.parent / "evaluations" / f"{chosen.id}-guidance-3.json").read_text())
+    assert written["evaluation"]["guidance_scale"] == 3
+    assert (home.parent / "evaluations" / "base-guidance-1.png").exists()
+
+
+def test_eval_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no cell with exported weights"):
+        list(evaluate_cells(tmp_path, ["jpeg"], [None]))
+    _, home = trained(folder, tmp_path)
+    with pytest.raises(InputError, match="has no weights/"):
+        load(tmp_path, SD3Policy(recipe(folder), CPU))
+    with pytest.raises(InputError, match="was it written for another recipe"):
+        load(home, SD3Policy(recipe(folder, lora_second_attention=True), CPU))
