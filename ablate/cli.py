@@ -1,4 +1,4 @@
-"""The command line: `ablate plan | run | cell | status | report | eval | sync | list`.
+"""The command line: `ablate plan | run | cell | status | report | eval | bench | sync | list`.
 
 The one place that knows all packages; each command imports what it needs, so that `--help` is instant.
 """
@@ -200,6 +200,42 @@ def evaluate(
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
     console.print(table)
     console.print(f"Images and scores: {results / 'evaluations'}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    grid: GridPath,
+    settings: Settings = None,
+    only: Only = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="SD 3.5 Medium at its real size, without downloading it")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output")] = False,
+) -> None:
+    """Measure an epoch of a grid's first cell here: time by phase, FLOP/s, and what the network alone would take."""
+    import torch
+
+    from runners.bench import bench as measure
+    from runners.random_weights import random_policy
+
+    _, planned = _planned(grid, settings, only, None)
+    first = planned.cells[0]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = measure(first, random_policy(first.recipe.model, device) if random_weights else None)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.phases.items())
+    memory = "" if found.peak_memory is None else f"\nMemory: {found.peak_memory / 2**30:.1f} GiB at most"
+    typer.echo(
+        f"{found.cell} on {found.device}\n"
+        f"Epoch of {found.images} images: {found.epoch:.2f} s ({phases}), {found.images_per_second:.2f} images/s\n"
+        f"Network calls per image: {found.forwards_per_image:.4g} without and {found.backwards_per_image:.4g} with "
+        f"gradient; {found.calls_per_second:.0f} per second, a backward counted as two more\n"
+        f"FLOP: {found.flops_per_call:.3g} per call, {found.flops_per_second:.3g} per second of the epoch\n"
+        f"The network alone would take {found.bare:.2f} s: update efficiency {found.efficiency:.2f}{memory}\n"
+        f"Forecast: ablate plan {grid} --rate {found.calls_per_second:.0f}"
+    )
 
 
 @app.command()

@@ -69,7 +69,8 @@ def _evaluate(
         label = f"{name}-guidance-{chosen.guidance_scale:g}"
         contact_sheet(images[:NUM_PICTURED]).save(target / f"{label}.png")
         found: dict[str, Mapping[str, float]] = {}
-        for reward in rewards or [cell.recipe.reward]:
+        wanted: list[str | dict[str, float]] = [*rewards] or [cell.recipe.reward]
+        for reward in wanted:
             values = means("eval", load_reward(reward)(images, prompts), prompts)
             found[str(reward)] = {key.removeprefix("eval/"): value for key, value in values.items()}
             yield {

@@ -6,7 +6,7 @@ LoRA's, or all of the transformer's), exchanged in place, so that one network se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -67,11 +67,14 @@ class Policy(Protocol):
 class SD3Policy:
     """Stable Diffusion 3 and 3.5, LoRA or all weights of the transformer."""
 
-    def __init__(self, recipe: ModelRecipe, device: torch.device) -> None:
+    encode: Callable[[Sequence[str]], Conditioning]
+    """Embeddings of the texts, each computed once."""
+
+    def __init__(self, recipe: ModelRecipe, device: torch.device, pipe: StableDiffusion3Pipeline | None = None) -> None:
         self.device = device
         self.recipe = recipe
         torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")
-        self.pipe = _load(recipe)
+        self.pipe = pipe or _load(recipe)
         self.pipe.set_progress_bar_config(disable=True)
         self._encoders = [p for p in (getattr(self.pipe, name) for name in ENCODERS) if p is not None]
         for part in (self.pipe.vae, *self._encoders):

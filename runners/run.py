@@ -104,11 +104,11 @@ class Run:
             progress.metrics_bytes = file.tell()
 
 
-def set_up(folder: Path, cell: Cell) -> Run:
-    """Load the model, prompts and reward of a cell; continue from its checkpoint where there is one."""
+def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None) -> Run:
+    """Load the model (or take `policy`), prompts and reward of a cell; continue from its checkpoint if there is one."""
     torch.manual_seed(derive_seed(cell.seed, "initialisation"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = SD3Policy(cell.recipe.model, device)
+    policy = policy or SD3Policy(cell.recipe.model, device)
     update = cell.recipe.update
     optimizer = torch.optim.AdamW(
         policy.trainable,
