@@ -107,7 +107,7 @@ def _section(entry: Entry) -> str:
     if entry.base:
         lines.append(f"Parameters as `{entry.base}`{', but:' if entry.parameters else '.'}\n")
     if entry.parameters:
-        lines.append("| parameter | default | |\n|---|---|---|")
+        lines.append("| parameter | default | allowed |\n|---|---|---|")
         lines += [f"| `{n}` | `{default}` | {allowed} |" for n, (default, allowed) in entry.parameters.items()]
         lines.append("")
     facts = [f"{key.capitalize()}: {value}." for key, value in entry.facts.items()]
@@ -120,12 +120,21 @@ def _facts(instance: Any) -> dict[str, str]:
     for key in ("needs", "level", "leaves"):
         value = getattr(instance, key, None)
         if isinstance(value, frozenset):
-            value = ", ".join(sorted(value)) or "nothing"
+            value = (", ".join(sorted(value)) or "nothing") + (" by default" if _varies(instance, key) else "")
         if value is not None:
             found[key] = value
     if demands := getattr(instance, "demands", None):
-        found["insists on"] = ", ".join(f"{path}: {value}" for path, value in demands.items())
+        found["insists on"] = ", ".join(
+            f"{path}: {'null' if value is None else value}" for path, value in demands.items()
+        )
     return found
+
+
+def _varies(instance: Any, key: str) -> bool:
+    """Whether a declaration follows from the parameters: it is computed, not an attribute of the class."""
+    kind = type(instance)
+    own = next(vars(base)[key] for base in kind.__mro__ if key in vars(base))
+    return isinstance(own, property) and bool(dataclasses.fields(kind))
 
 
 def _parameters(kind: Any) -> dict[str, tuple[str, str]]:

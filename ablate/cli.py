@@ -6,6 +6,7 @@ The one place that knows all packages; each command imports what it needs, so th
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ import typer
 from ablate.source import InputError, choices
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ablate.grid import Grid
     from ablate.plan import Cell, Plan
 
@@ -25,6 +28,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+WIDE = 160  # columns of tables that go to a file or a pipe, where nothing tells how wide they may be
 
 GridPath = Annotated[Path, typer.Argument(help="A grid file, e.g. grids/quickstart.yaml", metavar="GRID")]
 Settings = Annotated[
@@ -73,9 +78,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(plan_json(planned, rate), indent=1))
         return
-    from rich.console import Console
-
-    Console().print(plan_table(planned, rate))
+    _console().print(plan_table(planned, rate))
 
 
 @app.command()
@@ -93,14 +96,12 @@ def run(
     tracking: Annotated[bool, typer.Option(help="Mirror the results to MLflow")] = True,
 ) -> None:
     """Train every cell that is not finished; the same command continues after an interruption."""
-    from rich.console import Console
-
     from runners.cell_state import state_of
     from runners.sweep import freeze, in_order, run_cells
     from runners.tracking import Mirror, compare_link, server_command
 
     loaded, planned = _planned(grid, settings, only, seeds)
-    console = Console()
+    console = _console()
     folder = results / planned.grid
     if dry_run:
         for cell in in_order(planned.cells):
@@ -153,13 +154,15 @@ def status(
     grid: GridPath, settings: Settings = None, only: Only = None, seeds: Seeds = None, results: Results = RESULTS
 ) -> None:
     """Show how far a grid's cells are."""
-    from rich.console import Console
-
     from runners.live import live_table
 
     _, planned = _planned(grid, settings, only, seeds)
-    console = Console()
-    console.print(live_table(console, results / planned.grid, planned.cells, rows=len(planned.cells)))
+    console, folder = _console(), results / planned.grid
+    console.print(live_table(console, folder, planned.cells, rows=len(planned.cells)))
+    _, whole = _planned(grid, settings, None, None)
+    others = {path.parent.name for path in folder.glob("*/record.json")} - {cell.id for cell in whole.cells}
+    if others:
+        console.print(f"{len(others)} other cells in {folder} have run with other settings (--set, or an older grid).")
 
 
 @app.command()
@@ -184,12 +187,11 @@ def evaluate(
     cells: Annotated[list[str] | None, typer.Option("--cell", help="This cell alone; repeat for more")] = None,
 ) -> None:
     """Score finished cells and their base model on the held-out prompts, with any rewards and guidance scales."""
-    from rich.console import Console
     from rich.table import Table
 
     from runners.cell_evaluation import evaluate_cells
 
-    console = Console()
+    console = _console()
     rows = list(evaluate_cells(results, rewards or [], guidance or [None], cells or []))
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -257,14 +259,20 @@ def list_components(
     ] = False,
 ) -> None:
     """List objectives, estimators, samplers and regularisers with formula, needs, level and source."""
-    from rich.console import Console
-
     from ablate import catalogue
 
     if markdown:
         typer.echo(catalogue.markdown(), nl=False)
     else:
-        Console().print(catalogue.listing())
+        _console().print(catalogue.listing())
+
+
+def _console() -> Console:
+    """A terminal as wide as it is; anything else as wide as tables need, unless COLUMNS says otherwise."""
+    from rich.console import Console
+
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=WIDE if wide else None)
 
 
 def _planned(path: Path, settings: list[str] | None, only: list[str] | None, seeds: str | None) -> tuple[Grid, Plan]:
@@ -312,6 +320,8 @@ def _kept(plan: Plan, grid: Grid, only: list[str] | None, seeds: str | None) -> 
         if value not in known:
             raise InputError(f"--only {text}: no cell has {axis} {value!r}{choices(value, known)}")
         wanted.setdefault(axis, set()).add(value)
+    if not plan.cells:
+        raise grid.source.error(("axes",) if grid.file.axes else ("cells",), plan.without_cells())
     kept_seeds = set(grid.file.seeds)
     if seeds is not None:
         try:

@@ -25,9 +25,9 @@ def impossible(names: Mapping[str, str], objective: Any, estimator: Any, sampler
 
 def _of_estimator_and_sampler(e: str, estimator: Any, s: str, sampler: Any) -> Iterator[str]:
     if "transitions" in estimator.needs - sampler.leaves:
-        yield f"{e} needs transition densities, and {s} leaves none"
+        yield f"{e} needs transition densities, and {s} leaves none: use sde or elbo"
     if "density" in estimator.needs - sampler.leaves:
-        yield f"{e} needs a density, and the steps of {s} are not meant to have one: use estimator cps_distance"
+        yield f"{e} needs a density, and the steps of {s} are not meant to have one: use cps_distance, or use_density"
 
 
 def _of_objective_and_estimator(o: str, objective: Any, e: str, estimator: Any) -> Iterator[str]:
@@ -37,14 +37,14 @@ def _of_objective_and_estimator(o: str, objective: Any, e: str, estimator: Any) 
     if "target" in objective.needs and on_steps:
         yield f"{o} regresses on velocities at noised final samples, and {e} has none: use estimator elbo"
     if objective.level == "term" and objective.needs & {"velocity", "transitions"} and estimator.pool != "each":
-        yield f"{o} takes each point by itself, so {e} cannot pool them: set pool to each"
+        yield f"{o} takes each point by itself, and {e} pools them (pool: {estimator.pool}): use one with pool each"
 
 
 def _of_sampler_and_recipe(s: str, sampler: Any, recipe: Recipe) -> Iterator[str]:
     if problem := sampler.problem(recipe.rollout.num_steps):
         yield problem
-    if recipe.rollout.noise == "group" and "transitions" not in sampler.leaves:
-        yield f"with rollout.noise group, all images of a prompt are the same under {s}, which has no noise of its own"
+    if recipe.rollout.noise == "group" and s == "ode":
+        yield "with rollout.noise group, all images of a prompt are the same under ode, which has no noise of its own"
     if recipe.rollout.noise != "group" and getattr(sampler, "policy", None) == "branch":
         yield f"{s} branches off a path that a group shares: set rollout.noise to group"
 

@@ -24,6 +24,7 @@ DECLARED = {  # the words of `needs`, and for a sampler of `leaves`
     "estimator": ("transitions", "density", "latents"),
     "sampler": ("transitions", "density"),
 }
+ONE_OF = {"objective": {"level": ("term", "sample", "group")}, "estimator": {"pool": ("each", "mean", "sum")}}
 
 
 class Component(Strict):
@@ -61,9 +62,11 @@ def resolve(axis: str, value: Any, source: Source, location: Location) -> tuple[
             raise source.error((*location, key), f"{name}: got {v}, expected a finite number")
     try:
         instance = kind(**given)
-        _check_declarations(axis, instance)
+        check_declarations(axis, instance)
     except (ValueError, TypeError) as error:
-        raise source.error(location, f"{name}: {error}") from None
+        missing = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in given]
+        problem = f"give a value for {', '.join(missing)}, which has no default" if missing else error
+        raise source.error(location, f"{name}: {problem}") from None
     return Component(name=name, **dataclasses.asdict(instance)), instance
 
 
@@ -116,6 +119,7 @@ def _outside(axis: str, name: str) -> Any:
         raise InputError(f"{axis} {name!r} cannot be imported: {type(error).__name__}: {error}") from None
     kinds = {key: v for key, v in vars(module).items() if isinstance(v, type) and dataclasses.is_dataclass(v)}
     if attribute not in kinds:
+        kinds = {key: v for key, v in kinds.items() if all(hasattr(v, member) for member in MEMBERS[axis])}
         problem = "is no dataclass" if hasattr(module, attribute) else "does not exist"
         raise InputError(f"{axis} {name!r} {problem}{choices(attribute, kinds)}")
     for member in MEMBERS[axis]:
@@ -124,12 +128,20 @@ def _outside(axis: str, name: str) -> Any:
     return kinds[attribute]
 
 
-def _check_declarations(axis: str, instance: Any) -> None:
-    """Refuse words in `needs`, `leaves` and `demands` that nobody knows. Raises ValueError."""
+def check_declarations(axis: str, instance: Any) -> None:
+    """Refuse declarations that nobody knows: `needs`, `leaves`, `level`, `pool`, `demands`. Raises ValueError."""
     member = "leaves" if axis == "sampler" else "needs"
-    for word in getattr(instance, member):
+    declared = getattr(instance, member)
+    if not isinstance(declared, frozenset):
+        raise ValueError(
+            f"{member}: got {declared!r}, expected a set of words, as in frozenset({{{DECLARED[axis][0]!r}}})"
+        )
+    for word in declared:
         if word not in DECLARED[axis]:
             raise ValueError(f"{member} {word!r} is unknown{choices(word, DECLARED[axis])}")
+    for member, allowed in ONE_OF.get(axis, {}).items():
+        if (got := getattr(instance, member)) not in allowed:
+            raise ValueError(f"{member} {got!r} is unknown{choices(str(got), allowed)}")
     for path in getattr(instance, "demands", {}):
         if path not in (fields := list(recipe_fields())):
             raise ValueError(f"demands {path!r} is no recipe field{choices(path, fields, [])}")

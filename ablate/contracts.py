@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ablate.components import DECLARED
+from ablate.components import MEMBERS, check_declarations
 from ablate.estimators.elbo import ELBO
 from ablate.estimators.protocol import pooled
 from ablate.estimators.trajectory import Trajectory
@@ -132,17 +132,29 @@ def scene(
     )
 
 
+def _check_class(axis: str, component: Any) -> None:
+    """A dataclass with all members, whose declarations exist."""
+    assert not isinstance(component, type), f"got the class {component.__name__}, expected an instance of it"
+    assert dataclasses.is_dataclass(component), f"{type(component).__name__} is no dataclass"
+    for member in MEMBERS[axis]:
+        assert hasattr(component, member), f"{type(component).__name__} has no {member!r}"
+    try:
+        check_declarations(axis, component)
+    except ValueError as error:
+        raise AssertionError(str(error)) from None
+
+
 def check_objective(objective: Any) -> None:
     """Needs, level, scalars, no gradient without a difference in reward, the right direction, a mean over units."""
-    unknown = set(objective.needs) - set(DECLARED["objective"])
-    assert not unknown, f"needs {unknown} do not exist"
-    assert objective.level in ("term", "sample", "group"), f"level {objective.level!r} does not exist"
+    _check_class("objective", objective)
     assert objective.level == "term" or "velocity" not in objective.needs, "velocities come term by term"
     s = scene(objective)
     loss, metrics = objective(s.evaluation(s.velocity.detach().requires_grad_()))
     assert loss.shape == (), "the loss is no scalar"
-    assert all(v.shape == () for v in metrics.values()), "a metric is no scalar"
-    assert not any(v.requires_grad for v in metrics.values()), "a metric carries a gradient"
+    for name, v in metrics.items():
+        assert isinstance(v, Tensor), f"metric {name!r} is no tensor but {type(v).__name__}"
+        assert v.shape == (), f"metric {name!r} is no scalar"
+        assert not v.requires_grad, f"metric {name!r} carries a gradient: detach it"
     nothing = scene(objective, on_policy=True, advantage=torch.zeros(GROUPS * SIZE, dtype=torch.float64))
     assert nothing.gradient().abs().max() < 1e-12, "a gradient on-policy without any difference in reward"
     _check_direction(scene(objective, on_policy=True))
@@ -175,8 +187,7 @@ def _check_mean_over_units(s: Scene) -> None:
 
 def check_estimator(estimator: Any) -> None:
     """One draw for all policies, as many points as announced, a pure function of the velocity, parts are probes."""
-    assert estimator.needs <= set(DECLARED["estimator"]), f"got needs {set(estimator.needs)}"
-    assert estimator.pool in ("each", "mean", "sum"), f"pool {estimator.pool!r} does not exist"
+    _check_class("estimator", estimator)
     rollout = roll_out(FlowSDE())
     for asked in (None, 2, 4):
         k = estimator.num_points(asked, STEPS, STEPS - 1)
@@ -184,6 +195,8 @@ def check_estimator(estimator: Any) -> None:
             estimator.probe(rollout, num_points=asked, streams=streams(1, samples=range(GROUPS * SIZE)))
             for _ in range(2)
         )
+        assert hasattr(probe, "rollout_velocity"), "the probe has no rollout_velocity, a tensor or None"
+        assert "transitions" in estimator.needs or hasattr(probe, "target"), "the probe has no target: noise - x0"
         assert torch.equal(probe.x, again.x), "randomness that does not come from the streams"
         assert probe.sigma.shape == (GROUPS * SIZE, k), f"announced {k} points, drew {tuple(probe.sigma.shape)}"
         assert (probe.sigma > 0).all(), "a level of 0"
@@ -203,7 +216,7 @@ def check_estimator(estimator: Any) -> None:
 
 def check_sampler(sampler: Any) -> None:
     """Reproducible, independent of the batch, as many recorded steps as announced, and these are what happened."""
-    assert sampler.leaves <= set(DECLARED["sampler"]), f"got leaves {set(sampler.leaves)}"
+    _check_class("sampler", sampler)
     assert sampler.problem(STEPS) is None, f"cannot run {STEPS} steps"
     rollout = roll_out(sampler)
     assert rollout.x0.shape == (GROUPS * SIZE, DIMS)

@@ -14,6 +14,8 @@ from ablate.part import COMPONENT_AXES
 from ablate.passes import Passes, passes
 from ablate.plan import FORMAT, Cell, Plan
 
+WIDEST = 20  # characters of a word that a column always has room for; longer names of one's own classes fold
+
 
 def device_hours(cell: Cell, cost: Passes, rate: float | None) -> float | None:
     """Hours of one device until the cell's budget is spent; None without a rate if only epochs bound it."""
@@ -60,9 +62,9 @@ def plan_table(plan: Plan, rate: float | None) -> Group:
     hours = [device_hours(cell, passes(cell), rate) for cell in plan.cells]
     num_seeds = len({cell.seed for cell in plan.cells})
     lines = [
-        f"{len(plan.cells)} cells: {sum(map(len, settings.values()))} combinations, "
-        f"{num_seeds} seed{'s' if num_seeds > 1 else ''}.",
-        "Network calls are per image: of the rollout, then of updates without and with gradient.",
+        f"{_count(len(plan.cells), 'cell')}: {_count(sum(map(len, settings.values())), 'combination')}, "
+        f"{_count(num_seeds, 'seed')}.",
+        "Network calls are per trained image: of the rollout, then of updates without and with gradient.",
     ]
     if None in hours:
         lines.append("Hours need a rate: --rate CALLS_PER_SECOND, or --calibrate to measure it here.")
@@ -72,8 +74,12 @@ def plan_table(plan: Plan, rate: float | None) -> Group:
     return Group(*tables, Text("\n".join(lines)), *_excluded(plan))
 
 
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 def _axes(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
+    return ", ".join(f"{name}={'null' if value is None else value}" for name, value in values.items())
 
 
 def _table(axes: str, rows: list[list[Cell]], rate: float | None) -> Group:
@@ -81,7 +87,7 @@ def _table(axes: str, rows: list[list[Cell]], rate: float | None) -> Group:
     for name in COMPONENT_AXES:
         # a label may break between its parameters, never inside a word
         words = [name, *(word for cells in rows for word in getattr(cells[0], name).split())]
-        table.add_column(name, min_width=max(map(len, words)))
+        table.add_column(name, min_width=min(max(map(len, words)), WIDEST), overflow="fold")
     for name in ("seeds", "rollout", "no grad", "grad", "hours"):
         table.add_column(name, justify="right", no_wrap=True)
     for cells in rows:
@@ -103,7 +109,8 @@ def _excluded(plan: Plan) -> Iterator[Padding | Text]:
         combinations = reasons.setdefault(e.reason, {})
         combinations.setdefault(f"{e.objective} x {e.estimator} x {e.sampler}", []).append(_axes(e.axes))
     if reasons:
-        yield Text(f"\n{len(plan.excluded)} combinations are excluded:")
+        are = "is" if len(plan.excluded) == 1 else "are"
+        yield Text(f"\n{_count(len(plan.excluded), 'combination')} {are} excluded:")
     for reason, combinations in reasons.items():
         yield Padding(Text(f"{reason}:"), (0, 0, 0, 2))
         for combination, axes in combinations.items():

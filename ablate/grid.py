@@ -181,6 +181,8 @@ def _recipe_path(name: str, grid: Path, source: Source, location: Location) -> P
     names = sorted(p.stem for p in folder.glob("*.yaml"))
     found = grid.parent / name if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not found.is_file():
-        where = f"no such file: {found}" if found.parent != folder else f"no recipe {name!r} in {folder}"
-        raise source.error(location, f"{where}{choices(name, names)}")
+        if found.parent != folder:
+            raise source.error(location, f"no such file: {found}")
+        known = choices(name, names) if names else ", where recipes are looked up; a path to a .yaml file will do too"
+        raise source.error(location, f"no recipe {name!r} in {folder}{known}")
     return found

@@ -59,13 +59,15 @@ class Plan:
 
     def keep(self, wanted: Callable[[Cell], bool]) -> Plan:
         """The plan of some of its cells. Raises InputError if there are none."""
-        if not self.cells:
-            reasons = dict.fromkeys(f"{e.objective} x {e.estimator} x {e.sampler}: {e.reason}" for e in self.excluded)
-            raise InputError("\n".join([f"grid {self.grid!r}: no combination is possible", *reasons]))
         cells = tuple(cell for cell in self.cells if wanted(cell))
         if not cells:
             raise InputError(f"grid {self.grid!r}: none of its {len(self.cells)} cells fits all of --only and --seeds")
         return dataclasses.replace(self, cells=cells)
+
+    def without_cells(self) -> str:
+        """Why a plan has no cells, combination by combination."""
+        reasons = dict.fromkeys(f"{e.objective} x {e.estimator} x {e.sampler}: {e.reason}" for e in self.excluded)
+        return "\n  ".join(["no combination is possible", *reasons])
 
     def to_json(self) -> str:
         """plan.json in a grid's results: what was asked for, so that reports can show what is missing."""

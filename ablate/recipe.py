@@ -92,10 +92,11 @@ class RolloutRecipe(Strict):
 
     @model_validator(mode="after")
     def _halves(self) -> RolloutRecipe:
-        if self.candidates is not None and (self.candidates < self.group_size or self.group_size % 2):
+        if self.candidates is not None and self.candidates < self.group_size:
+            raise ValueError(f"candidates = {self.candidates} must be at least group_size = {self.group_size}")
+        if self.candidates is not None and self.group_size % 2:
             raise ValueError(
-                f"candidates = {self.candidates} must be at least group_size = {self.group_size}, and that even: "
-                f"half of a group are the best candidates, half the worst"
+                f"group_size = {self.group_size} must be even with candidates: half are the best, half the worst"
             )
         return self
 
@@ -223,7 +224,7 @@ class Recipe(Strict):
         if self.rollout.num_groups % self.update.updates_per_epoch:
             raise ValueError(
                 f"rollout.num_groups = {self.rollout.num_groups} must be a multiple of update.updates_per_epoch = "
-                f"{self.update.updates_per_epoch}: an update takes whole groups"
+                f"{self.update.updates_per_epoch}, as an update takes whole groups; change either"
             )
         return self
 

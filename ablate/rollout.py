@@ -92,7 +92,7 @@ class Evaluation:
 
 def needed(value: Needed | None) -> Needed:
     """A field of an evaluation that the objective has declared in `needs`."""
-    assert value is not None
+    assert value is not None, "the objective reads what it does not declare in `needs`"
     return value
 
 

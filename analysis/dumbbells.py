@@ -22,7 +22,7 @@ def dumbbells(table: pd.DataFrame, metric: str) -> Figure:
         color = looks[row["configuration"]].color
         if row["n"]:
             ax.plot([row["base"], row["final"]], [y, y], color=color, linewidth=1.2, alpha=0.5)
-            ax.plot(row["base"], y, marker="o", markersize=5, markerfacecolor="white", color=MUTED)
+            ax.plot(row["base"], y, marker="o", markersize=8, markerfacecolor="white", color=MUTED)
             ax.plot([row["final_low"], row["final_high"]], [y, y], color=color, linewidth=4, alpha=0.35)
             ax.plot(row["final"], y, marker="o", markersize=6, color=color)
         ax.annotate(

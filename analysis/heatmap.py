@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from textwrap import fill
 from typing import Any
 
@@ -78,12 +79,22 @@ def draw_heatmap(ax: Axes, table: pd.DataFrame, excluded: pd.DataFrame, order: O
                 "not in\nthe grid", (at[0] + 0.5, at[1] + 0.5), fontsize=7, color=MUTED, ha="center", va="center"
             )
     ax.set(xlim=(0, len(estimators)), ylim=(len(objectives), 0))
-    ax.set_xticks(np.arange(len(estimators)) + 0.5, [name.replace("-", "-\n", 1) for name in estimators])
+    ax.set_xticks(np.arange(len(estimators)) + 0.5, [_broken(name) for name in estimators])
     ax.set_yticks(np.arange(len(objectives)) + 0.5, objectives)
     ax.tick_params(length=0)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     return ax
+
+
+def _broken(name: str, most: int = 13) -> str:
+    """A label in lines of about `most` characters, broken behind `-`, `.`, `_` or a space where it is longer."""
+    lines = [""]
+    for part in re.split(r"(?<=[-._ ])", name):
+        if lines[-1] and len(lines[-1]) + len(part) > most:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def cell_text(row: pd.Series) -> tuple[str, list[str]]:

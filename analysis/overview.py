@@ -30,7 +30,8 @@ def choose(table: pd.DataFrame, *, listed: bool = False) -> tuple[pd.DataFrame, 
         shown = table.sort_values("final", ascending=False, kind="stable").head(MOST).sort_index()
         return shown, f"the {MOST} highest of {len(table)} combinations, by their last held-out evaluation"
     shown = effects.best(table, ["estimator", "sampler"])
-    words = f"the best of {len(table)} configurations for each estimator and sampler, by their last held-out evaluation"
+    finished = (table["n"] > 0).sum()
+    words = f"the best of {finished} configurations for each estimator and sampler, by their last held-out evaluation"
     if len(shown) > MOST:
         shown = shown.sort_values("final", ascending=False, kind="stable").head(MOST).sort_index()
         words = f"the {MOST} highest of {words}"

@@ -27,7 +27,7 @@ def panels(results: Results, metric: str, unit: Unit) -> Figure:
             ax = axes[i, j]
             _panel(ax, results, sampler, estimator, metric, unit, looks)
             if i == 0:
-                ax.set_title(estimator, fontsize=10, fontweight="bold", color=INK)
+                ax.set_title(estimator, fontsize=10, fontweight="bold", color=INK, pad=14)
             if j == columns - 1:
                 ax.annotate(
                     sampler, (1, 0.5), xytext=(8, 0), xycoords="axes fraction", textcoords="offset points",
@@ -60,9 +60,8 @@ def _panel(
     if np.isfinite(base):
         draw_base(ax, base)
     ax.annotate(
-        seeds_text(cells, rows), (0, 1), xytext=(5, -4), xycoords="axes fraction", textcoords="offset points",
-        ha="left", va="top", fontsize=7, color=MUTED,
-        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
+        seeds_text(cells, rows), (1, 1), xytext=(0, 2), xycoords="axes fraction", textcoords="offset points",
+        ha="right", va="bottom", fontsize=7, color=MUTED,
     )  # fmt: skip
 
 

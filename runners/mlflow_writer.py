@@ -67,6 +67,11 @@ class _Run:
         return claimed == _claim(lines[: int(claimed.split()[0])])
 
 
+def _has_begun(folder: Path) -> bool:
+    """Whether a cell has ever been started; a waiting one has its folder, and no run."""
+    return (folder / "cell.json").exists() and any((folder / name).exists() for name in FILES[1:])
+
+
 class Writer:
     """The one writer. It remembers what MLflow holds, so that no news cost nothing; not to be used after an error."""
 
@@ -89,7 +94,8 @@ class Writer:
         self.runs = self._find()
 
     def write(self) -> SyncSummary:
-        num_points = sum(self._write_cell(id) for id in self.cells if (self.results / id / "cell.json").exists())
+        started = [id for id in self.cells if _has_begun(self.results / id)]
+        num_points = sum(self._write_cell(id) for id in started)
         self._write_report()
         runs = {id: self.runs[id].id for id in self.cells if id in self.runs}
         return SyncSummary(self.experiment_id, self.experiment, runs, num_points)

@@ -16,6 +16,7 @@ from ablate.objectives import OBJECTIVES
 from ablate.objectives.reinforce import Reinforce
 from ablate.samplers import SAMPLERS
 from ablate.samplers.sde import FlowSDE
+from ablate.samplers.steps import euler_step
 
 TABLES = {**OBJECTIVES, **ESTIMATORS, **SAMPLERS}
 VARIANTS = [
@@ -114,11 +115,14 @@ class Broken(Reinforce):
     def __call__(self, evaluation):
         f, advantage = evaluation.log_prob, evaluation.advantage[:, None]
         loss = -(advantage * f).mean()
+        if self.how == "undeclared":
+            loss = loss + 0 * evaluation.old().mean()
         return {
             "direction": (-loss, {}),
             "sum": (-(advantage * f).sum(), {}),
             "pull": (loss + 0.1 * f.mean(), {}),
             "metric": (loss, {"loss": loss}),
+            "float": (loss, {"loss": 0.0}),
             "coupled": (-((advantage - advantage.mean()) * f).mean(), {}),
         }.get(self.how, (loss, {}))
 
@@ -126,11 +130,13 @@ class Broken(Reinforce):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("needs", "needs {'olde'} do not exist"),
+        ("needs", "needs 'olde' is unknown, did you mean 'old'"),
+        ("undeclared", "reads what it does not declare"),
+        ("float", "metric 'loss' is no tensor but float"),
         ("direction", "prefers the worse sample"),
         ("sum", "not the mean of its terms' losses"),
         ("pull", "without any difference in reward"),
-        ("metric", "carries a gradient"),
+        ("metric", "metric 'loss' carries a gradient"),
         ("coupled", "not the mean of its terms' losses"),
     ],
 )
@@ -202,3 +208,47 @@ class Doubled(FlowSDE):
 def test_broken_samplers_are_found(sampler, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_sampler(sampler)
+
+
+class Plain:
+    """No dataclass."""
+
+    needs = frozenset()
+    level = "term"
+
+    def __call__(self, evaluation):
+        return evaluation.log_prob.mean(), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Misdeclared(Reinforce):
+    needs = "old"
+    level = "term"
+
+
+@dataclasses.dataclass(frozen=True)
+class Token(Reinforce):
+    level = "token"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quiet(FlowSDE):
+    def rule(self, sigmas):
+        return euler_step
+
+
+@pytest.mark.parametrize(
+    ("check", "component", "message"),
+    [
+        (check_objective, Reinforce, "got the class Reinforce, expected an instance"),
+        (check_objective, Plain(), "Plain is no dataclass"),
+        (check_objective, Misdeclared(), "needs: got 'old', expected a set of words"),
+        (check_objective, Token(), "level 'token' is unknown"),
+        (check_objective, ELBO(), "ELBO has no 'level'"),
+        (check_sampler, Quiet(), "no step of the rule has noise"),
+    ],
+    ids=lambda v: getattr(v, "__name__", type(v).__name__),
+)
+def test_what_is_no_component_at_all_is_found(check, component, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check(component)

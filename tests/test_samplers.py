@@ -237,7 +237,7 @@ def test_outside_its_window_mixed_is_euler() -> None:
 def test_impossible_windows_are_explained() -> None:
     assert "does not fit" in (Mixed(window=8).problem(8) or "")
     assert Mixed(window=7).problem(8) is None
-    assert "does not fit into the first 4 of 8" in (Mixed(window=5, until=0.5).problem(8) or "")
+    assert "does not fit into the first 0.5 of 8 steps: 4 at most" in (Mixed(window=5, until=0.5).problem(8) or "")
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,11 @@ class Mixed:
     def problem(self, num_steps: int) -> str | None:
         if self.num_scored(num_steps) <= self._allowed(num_steps):
             return None
-        where = "before the last" if self.until == 1 else f"into the first {self._allowed(num_steps)}"
-        return f"a window of {self.num_scored(num_steps)} steps does not fit {where} of {num_steps} steps"
+        where = "before the last" if self.until == 1 else f"into the first {self.until:g}"
+        most = max(self._allowed(num_steps), 0)
+        return (
+            f"a window of {self.num_scored(num_steps)} steps does not fit {where} of {num_steps} steps: {most} at most"
+        )
 
     def window_start(self, num_steps: int, epoch: int, shared: torch.Generator) -> int:
         """The first stochastic step of an epoch."""

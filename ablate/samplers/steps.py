@@ -116,7 +116,7 @@ class StepSampler:
         rule = self.rule(levels)
         steps = [rule(a, b) for a, b in itertools.pairwise(levels)]
         rollout = run_steps(steps, velocity, noise, sigmas, streams)
-        assert rollout.transitions is not None
+        assert rollout.transitions is not None, "no step of the rule has noise"
         return replace(rollout, transitions=rollout.transitions.first(self.num_scored(len(steps))))
 
 

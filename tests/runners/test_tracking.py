@@ -223,9 +223,14 @@ def test_status(results: Path, status: Status, expected: str) -> None:
         assert runs(results)["a-dpo"].info.status == "RUNNING"
 
 
-def test_a_cell_that_has_only_begun(results: Path) -> None:
-    for name in ("attempts.jsonl", "metrics.jsonl", "samples/before.png"):
+def test_a_cell_that_has_only_begun_has_a_run_and_a_waiting_one_has_none(results: Path) -> None:
+    for name in ("metrics.jsonl", "samples/before.png"):
         (results / "a-dpo" / name).unlink()
+    attempts = (results / "a-dpo" / "attempts.jsonl").read_text()
+    (results / "a-dpo" / "attempts.jsonl").unlink()
+    sync(results)
+    assert "a-dpo" not in runs(results)
+    (results / "a-dpo" / "attempts.jsonl").write_text(attempts)
     sync(results)
     run = runs(results)["a-dpo"]
     assert (run.info.status, run.data.tags["ablate.status"], run.data.metrics) == ("RUNNING", "running", {})
