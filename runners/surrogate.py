@@ -8,6 +8,7 @@ log_prob, so it equals full-graph autograd. An objective that reads velocities c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -172,9 +173,10 @@ def _chunks(num_samples: int, num_points: int, size: int, level: str, group_size
             for column in range(0, num_points, size):
                 yield slice(row, row + 1), slice(column, min(column + size, num_points))
         return
-    rows = size // num_points
-    if level == "group" and rows >= group_size:
-        rows -= rows % group_size
+    whole = group_size if level == "group" and size // num_points >= group_size else 1
+    most = size // num_points // whole * whole
+    num_chunks = math.ceil(num_samples / most)
+    rows = math.ceil(num_samples / whole / num_chunks) * whole  # as equal as can be: small ones are slow
     for row in range(0, num_samples, rows):
         yield slice(row, min(row + rows, num_samples)), slice(0, num_points)
 
