@@ -97,6 +97,7 @@ def run(
 ) -> None:
     """Train every cell that is not finished; the same command continues after an interruption."""
     from runners.cell_state import state_of
+    from runners.hub import check_model
     from runners.sweep import freeze, in_order, run_cells
     from runners.tracking import Mirror, compare_link, server_command
 
@@ -107,6 +108,8 @@ def run(
         for cell in in_order(planned.cells):
             typer.echo(f"{state_of(folder, cell).status:12} {cell.id}")
         return
+    for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in planned.cells}.values():
+        check_model(model)
     _, whole = _planned(grid, settings, None, None)
     freeze(folder, whole, loaded.source.text)
     console.print(
