@@ -1,4 +1,4 @@
-"""The command line: `ablate plan | run | cell | status | report | eval | bench | sync | list`.
+"""The command line: `ablate plan | run | cell | status | report | eval | bench | doctor | sync | list`.
 
 The one place that knows all packages; each command imports what it needs, so that `--help` is instant.
 """
@@ -241,6 +241,30 @@ def bench(
         f"The network alone would take {found.bare:.2f} s: update efficiency {found.efficiency:.2f}{memory}\n"
         f"Forecast: ablate plan {grid} --rate {found.calls_per_second:.0f}"
     )
+
+
+@app.command()
+def doctor(
+    grid: GridPath,
+    settings: Settings = None,
+    only: Only = None,
+    seeds: Seeds = None,
+    results: Results = RESULTS,
+    dry_run: Annotated[bool, typer.Option(help="Train the first cell for one small epoch")] = True,
+) -> None:
+    """Look for what stands between a grid and its first cell, each finding with its remedy."""
+    from rich.text import Text
+
+    from runners.doctor import examine
+
+    console, (_, planned) = _console(), _planned(grid, settings, only, seeds)
+    styles = {"ok": "green", "warning": "yellow", "problem": "red"}
+    problems = 0
+    for finding in examine(planned.cells, results, dry_run=dry_run):
+        problems += finding.level == "problem"
+        remedy = f": {finding.remedy}" if finding.remedy else ""
+        console.print(Text.assemble((f"{finding.level:8} ", styles[finding.level]), finding.what, remedy))
+    raise SystemExit(1 if problems else 0)
 
 
 @app.command()
