@@ -138,8 +138,8 @@ def run(
 @app.command()
 def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under results/")]) -> None:
     """Train the one cell whose folder this is, to its end; used by `run`, or by hand."""
+    from ablate.lock import lock
     from ablate.record import read_cell, read_record
-    from runners.cell_state import lock
 
     read_cell(folder)
     with lock(folder):

@@ -43,8 +43,8 @@ def _of_objective_and_estimator(o: str, objective: Any, e: str, estimator: Any) 
 def _of_sampler_and_recipe(s: str, sampler: Any, recipe: Recipe) -> Iterator[str]:
     if problem := sampler.problem(recipe.rollout.num_steps):
         yield problem
-    if recipe.rollout.noise == "group" and s == "ode":
-        yield "with rollout.noise group, all images of a prompt are the same under ode, which has no noise of its own"
+    if recipe.rollout.noise == "group" and getattr(sampler, "deterministic", False):
+        yield f"with rollout.noise group, all images of a prompt are the same under {s}, which has no noise of its own"
     if recipe.rollout.noise != "group" and getattr(sampler, "policy", None) == "branch":
         yield f"{s} branches off a path that a group shares: set rollout.noise to group"
 

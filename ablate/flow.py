@@ -31,11 +31,6 @@ def predict_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     return x - like(sigma, x) * velocity
 
 
-def predict_noise(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """The noise that a velocity points to: x + (1 - sigma) v."""
-    return x + (1 - like(sigma, x)) * velocity
-
-
 def mean_square(x: Tensor, batch_axes: int) -> Tensor:
     """Mean of x^2 over all but the first `batch_axes` axes, in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).square().flatten(batch_axes).mean(-1)

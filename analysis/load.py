@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ablate.lock import is_locked
 from ablate.plan import Cell, Excluded
 from ablate.record import Ledger, Record, Status, read_json, read_metrics, read_record
 from ablate.source import InputError, choices
@@ -150,7 +151,8 @@ def _ending(record: Record | None, folder: Path) -> dict[str, Any]:
     """Status and ledger. A cell has its folder before it starts; starting again removes its record."""
     if record is None:
         started = any((folder / name).exists() for name in ("attempts.jsonl", "metrics.jsonl"))
-        return {"status": RUNNING if started else NOT_STARTED, "message": "", "attempts": None, "device": None}
+        status = RUNNING if is_locked(folder) else Status.INTERRUPTED.value if started else NOT_STARTED
+        return {"status": status, "message": "", "attempts": None, "device": None}
     return {
         "status": record.status.value,
         "message": record.message,

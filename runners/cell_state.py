@@ -1,18 +1,13 @@
-"""How far a cell is, as its folder shows it; and the lock that says who is at work there."""
+"""How far a cell is, as its folder shows it."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
+from ablate.lock import is_locked
 from ablate.plan import Cell
 from ablate.record import Status, read_metrics, read_record
-from ablate.source import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,30 +52,3 @@ def state_of(results: Path, cell: Cell) -> CellState:
         accuracy=measured[-1] if measured else None,
         fraction=1.0 if record and record.status.final else min(1.0, max(fractions, default=0.0)),
     )
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a cell's folder; the system releases it when the process dies. Raises InputError if it is taken."""
-    with (folder / ".lock").open("w") as file:
-        if not any(_acquired(file, fcntl.LOCK_EX, delay) for delay in (0, 0.1, 0.2)):  # outlasts a look by is_locked
-            raise InputError(f"{folder}: another process is running this cell")
-        yield
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process is running this cell."""
-    path = folder / ".lock"
-    if not path.exists():
-        return False
-    with path.open() as file:
-        return not _acquired(file, fcntl.LOCK_SH)
-
-
-def _acquired(file: TextIO, kind: int, delay: float = 0) -> bool:
-    time.sleep(delay)
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

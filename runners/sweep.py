@@ -19,10 +19,11 @@ from pathlib import Path
 from rich.console import Console, Group
 from rich.text import Text
 
+from ablate.lock import is_locked
 from ablate.plan import Cell, Plan
 from ablate.record import Record, Status, read_json, read_record, write_atomic
 from ablate.source import InputError
-from runners.cell_state import CellState, is_locked, state_of
+from runners.cell_state import CellState, state_of
 from runners.live import live, live_table
 
 
@@ -97,7 +98,7 @@ def _finished(folder: Path) -> bool:
 def _start(folder: Path, cell: Cell, workers: int) -> _Running:
     (folder / "record.json").unlink(missing_ok=True)
     fraction = state_of(folder.parent, cell).fraction
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // workers))
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(

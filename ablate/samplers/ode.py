@@ -27,6 +27,7 @@ class ODE:
 
     solver: Literal["euler", "dpm1", "dpm2"] = "euler"
     leaves = frozenset[str]()
+    deterministic = True
 
     def num_scored(self, num_steps: int) -> int:
         return 0

@@ -22,7 +22,6 @@ class Detection:
     cls: str
     color: str
     box: tuple[float, float, float, float]
-    confidence: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

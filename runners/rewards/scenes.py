@@ -67,7 +67,7 @@ def detect(image: NDArray[np.uint8]) -> list[Detection]:
             shape, overlap = _best_shape(projection[window][..., index].clip(0, 1) * nearby)
             if overlap >= MIN_OVERLAP:
                 box = (columns.start, rows.start, columns.stop, rows.stop)
-                detections.append(Detection(cls=shape, color=_NAMES[index], box=box, confidence=overlap))
+                detections.append(Detection(cls=shape, color=_NAMES[index], box=box))
     return detections
 
 

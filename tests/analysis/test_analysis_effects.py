@@ -60,7 +60,7 @@ def test_only_finished_cells_count_and_diverged_ones_do(write: Writer) -> None:
     row = summary(load(write.plan()))
     assert (row["n"], row["planned"]) == (2, 4)
     assert row["final"] == pytest.approx(0.5)
-    assert row["states"] == "1 done, 1 diverged, 1 failed, 1 running"
+    assert row["states"] == "1 done, 1 diverged, 1 failed, 1 interrupted"
 
 
 def test_a_configuration_without_results_stays_in_the_summary(write: Writer) -> None:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from conftest import Writer, line
 
+from ablate.lock import lock
 from ablate.record import Status
 from ablate.source import InputError
 from analysis.load import load, values
@@ -21,7 +22,7 @@ def test_every_planned_cell_has_a_row_whatever_became_of_it(write: Writer) -> No
     write.exclude(("epg", "trajectory", "ode"))
     results = load(write.plan())
     assert list(results.cells["status"]) == [
-        *["done", "diverged", "failed", "interrupted", "reward_unavailable", "running", "not started"]
+        *["done", "diverged", "failed", "interrupted", "reward_unavailable", "interrupted", "not started"]
     ]
     assert results.cells.loc[2, "message"] == "ValueError: no"
     assert results.cells.loc[0, "configuration"] == "epg · elbo-adaptive · ode"
@@ -54,11 +55,13 @@ def test_a_resumed_cell_replaces_what_it_did_before_the_kill(write: Writer) -> N
     assert metrics.loc[metrics["metric"] == "eval/accuracy", "value"].tolist() == [0.2, 0.3, 0.4]
 
 
-def test_a_cell_runs_from_its_first_attempt_on(write: Writer) -> None:
+def test_a_cell_runs_while_a_process_holds_its_folder(write: Writer) -> None:
     folder = write.cell(ODE, 0, None)
     assert list(load(write.plan()).cells["status"]) == ["not started"]
     (folder / "attempts.jsonl").write_text("{}\n")
-    assert list(load(write.folder).cells["status"]) == ["running"]
+    with lock(folder):
+        assert list(load(write.folder).cells["status"]) == ["running"]
+    assert list(load(write.folder).cells["status"]) == ["interrupted"]
 
 
 def test_recipe_axes_make_configurations(write: Writer) -> None:

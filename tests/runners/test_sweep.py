@@ -21,11 +21,12 @@ from rich.console import Console
 
 from ablate import cli
 from ablate.grid import load_grid
+from ablate.lock import is_locked, lock
 from ablate.plan import Cell, make_plan
 from ablate.record import Record, Status, read_metrics, read_record, write_atomic
 from ablate.source import InputError
 from runners import live, sweep
-from runners.cell_state import CellState, is_locked, lock, state_of
+from runners.cell_state import CellState, state_of
 from runners.identity import identify
 from runners.live import live_table
 from runners.sweep import freeze, in_order, run_cells
@@ -377,7 +378,7 @@ def test_a_signal_during_the_start_of_a_cell_interrupts_it(
 
 def test_threads_are_those_of_the_user_or_a_fair_share(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(folder / "fake", 'echo "$OMP_NUM_THREADS" > "$4/threads"; exit 3', monkeypatch)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
 
     def threads(workers: int) -> str:
         run_cells(folder, [FIRST], workers=workers, console=console())
