@@ -20,12 +20,14 @@ from ablate import kl
 from ablate.estimators import ESTIMATORS
 from ablate.objectives import OBJECTIVES
 from ablate.samplers import SAMPLERS
+from ablate.source import InputError, choices
 
 TABLES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "objectives": OBJECTIVES,
     "estimators": ESTIMATORS,
     "samplers": SAMPLERS,
 }
+REGULARISERS = "regularisers"
 INTRODUCTION = """\
 # Methods
 
@@ -71,20 +73,25 @@ def entries(table: Mapping[str, Callable[..., Any]]) -> Iterator[Entry]:
         )
 
 
-def listing() -> Table:
-    """All tables for the terminal."""
+def listing(wanted: str | None = None) -> Table:
+    """All tables for the terminal, or one. Raises InputError for a table that does not exist."""
+    if wanted not in (None, *TABLES, REGULARISERS):
+        raise InputError(f"unknown list {wanted!r}{choices(str(wanted), [*TABLES, REGULARISERS])}")
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column()
     for title, kinds in TABLES.items():
+        if wanted not in (None, title):
+            continue
         table.add_row(Text(title, style="bold"))
         for entry in entries(kinds):
             facts = [f"{key}: {value}" for key, value in entry.facts.items()]
             table.add_row(Text(entry.name, style="cyan"), Text(entry.formula))
             table.add_row("", Text("; ".join([*facts, entry.source]), style="dim"))
-    table.add_row(Text("regularisers", style="bold"))
-    for name, kind in kl.KINDS.items():
-        table.add_row(Text(name, style="cyan"), Text(_line(inspect.getdoc(kind) or "")))
+    if wanted in (None, REGULARISERS):
+        table.add_row(Text(REGULARISERS, style="bold"))
+        for name, kind in kl.KINDS.items():
+            table.add_row(Text(name, style="cyan"), Text(_line(inspect.getdoc(kind) or "")))
     return table
 
 
@@ -132,9 +139,8 @@ def _facts(instance: Any) -> dict[str, str]:
 
 def _varies(instance: Any, key: str) -> bool:
     """Whether a declaration follows from the parameters: it is computed, not an attribute of the class."""
-    kind = type(instance)
-    own = next(vars(base)[key] for base in kind.__mro__ if key in vars(base))
-    return isinstance(own, property) and bool(dataclasses.fields(kind))
+    owner = next(base for base in type(instance).__mro__ if key in vars(base))
+    return isinstance(vars(owner)[key], property) and bool(dataclasses.fields(owner))
 
 
 def _parameters(kind: Any) -> dict[str, tuple[str, str]]:

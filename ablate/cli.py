@@ -281,6 +281,7 @@ def sync(
 
 @app.command(name="list")
 def list_components(
+    what: Annotated[str | None, typer.Argument(help="objectives, estimators, samplers or regularisers; all")] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="The whole documentation, as in docs/methods.md")
     ] = False,
@@ -291,7 +292,7 @@ def list_components(
     if markdown:
         typer.echo(catalogue.markdown(), nl=False)
     else:
-        _console().print(catalogue.listing())
+        _console().print(catalogue.listing(what))
 
 
 def _console() -> Console:

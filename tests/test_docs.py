@@ -111,6 +111,12 @@ def test_every_component_is_listed_with_formula_source_needs_and_level() -> None
     assert "needs: old; level: term; " in result.output
 
 
+def test_one_table_can_be_listed() -> None:
+    result = CliRunner().invoke(app, ["list", "samplers"], env={"COLUMNS": "200"})
+    assert re.findall(r"^(objectives|estimators|samplers|regularisers)", result.output, re.MULTILINE) == ["samplers"]
+    assert "did you mean 'samplers'?" in str(CliRunner().invoke(app, ["list", "sampler"]).exception)
+
+
 # components
 
 

@@ -23,10 +23,6 @@ class _Paper:
     ratio: bool = True
     level: ClassVar[Level] = "term"
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"old"})
-
     def _weight(self, log_r: Tensor) -> Tensor:
         return log_r.detach().exp() if self.ratio else torch.ones_like(log_r)
 
@@ -57,6 +53,8 @@ class PEPG(_Paper):
     Source: arXiv 2602.04663, PEPG and theorem 3.1.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"old"})
+
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         log_r = log_ratio(evaluation)
         advantage = evaluation.advantage[:, None] - log_r.detach()
@@ -69,6 +67,8 @@ class PAR(_Paper):
 
     Source: arXiv 2602.04663, PAR.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"old"})
 
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         log_r = log_ratio(evaluation)
