@@ -146,6 +146,14 @@ def test_without_truncation_the_trajectorys_ratio_is_one_and_with_it_not(tmp_pat
     assert moved[True] > 10 * moved[False]
 
 
+@pytest.mark.parametrize("fields", ["unit: nats", "pool: sum, unit: nats", "pool: mean"])
+def test_a_trajectory_in_other_units_is_on_policy_too(fields: str, tmp_path: Path) -> None:
+    what = f"objective: [grpo], estimator: [{{name: trajectory, {fields}}}], sampler: [sde]"
+    chosen = cell(what, tmp_path)
+    (tmp_path / "cell.json").write_text(chosen.model_dump_json())
+    assert train.train_cell(tmp_path).status is Status.DONE
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -1,0 +1,121 @@
+"""The optimizer steps of an epoch, each on its own share of the groups."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ablate.rollout import Probe, take
+from ablate.seeding import generator, streams
+from runners.collect import Samples
+from runners.run import Diverged, Run
+from runners.surrogate import Batch, accumulate_gradient
+
+EMA_WARMUP = 10  # decay min(ema_decay, (1 + t) / (10 + t)) after t updates
+MAX_ON_POLICY_LOG_RATIO = 1e-3  # nats per latent dimension; float32 gives 1e-7, bfloat16 1e-5
+
+
+def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
+    """Draw the shared probe, take the steps, and let the old policy follow; the means of the steps' metrics."""
+    recipe, progress, seed = run.recipe, run.progress, run.cell.seed
+    size, group = recipe.rollout.group_size, samples.group
+    shared = recipe.update.group_probe == "shared" or run.objective.level == "group"
+    own = streams(
+        seed,
+        "probe",
+        progress.epoch,
+        samples=group.tolist() if shared else range(len(group)),
+        group_size=size if recipe.update.group_probe == "stratified" and not shared else None,
+    )
+    probe = run.estimator.probe(samples.rollout, num_points=recipe.update.num_points, streams=own)
+    order = torch.randperm(int(group.max()) + 1, generator=generator(seed, "order", progress.epoch))
+    on_policy = recipe.old_policy.decay(progress.update) == 0  # before the first step
+    metrics: list[dict[str, float]] = []
+    for share in order.chunk(recipe.update.updates_per_epoch):
+        rows = (share.sort().values[:, None] * size + torch.arange(size)).flatten()
+        metrics.append(_step(run, samples, probe, advantage, rows, on_policy=on_policy))
+        on_policy = False
+    run.policy.blend("old", recipe.old_policy.decay(progress.update))
+    return {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+
+
+def _step(
+    run: Run, samples: Samples, probe: Probe, advantage: Tensor, rows: Tensor, *, on_policy: bool
+) -> dict[str, float]:
+    """One optimizer step on these samples."""
+    recipe, policy, progress = run.recipe, run.policy, run.progress
+    scale, there = recipe.update.guidance_scale, rows.to(policy.device)
+    part, given = take(probe, there), samples.conditioning.rows(there)
+
+    def ask(weights: Any, chosen: slice, points: slice) -> Tensor:
+        asked = take(part, chosen, points)
+        n, m = asked.sigma.shape
+        repeated = given.rows(torch.arange(len(rows), device=policy.device)[chosen].repeat_interleave(m))
+        with policy.using(weights):
+            velocity = policy.velocity(asked.x.flatten(0, 1), asked.sigma.flatten(), repeated, scale)
+        run.spend(**{"backwards" if torch.is_grad_enabled() else "forwards": n * m * (1 + (scale > 1))})
+        return velocity.reshape(n, m, *velocity.shape[1:])
+
+    batch = Batch(
+        probe=part,
+        advantage=advantage[rows].to(policy.device),
+        group=samples.group[rows].to(policy.device),
+        group_size=recipe.rollout.group_size,
+        reward=samples.score[rows].to(advantage).to(policy.device),
+    )
+
+    def gradient(micro_batch_size: int) -> dict[str, Tensor]:
+        run.optimizer.zero_grad()
+        return accumulate_gradient(
+            run.objective,
+            run.estimator,
+            batch,
+            ask,
+            micro_batch_size=micro_batch_size,
+            kl=recipe.kl,
+            old_is_current=on_policy,
+            scale=run.scaler.scale,
+        )
+
+    metrics = {name: float(v) for name, v in run.in_memory("update", recipe.update.micro_batch_size, gradient).items()}
+    if on_policy:
+        _check_on_policy(run, metrics)
+    metrics |= _descend(run)
+    policy.blend("average", min(recipe.evaluation.ema_decay, (1 + progress.update) / (EMA_WARMUP + progress.update)))
+    progress.update += 1
+    refresh = recipe.reference.refresh_every
+    if refresh is not None and progress.update % refresh == 0:
+        policy.blend("reference", 0)
+    return metrics
+
+
+def _descend(run: Run) -> dict[str, float]:
+    """Clip the gradient and step. Raises Diverged for one that is not finite; in float16 such a step is left out."""
+    run.scaler.unscale_(run.optimizer)
+    limit = run.recipe.update.max_grad_norm or math.inf
+    norm = float(torch.nn.utils.clip_grad_norm_(run.policy.trainable, limit))
+    scaled = run.scaler.is_enabled()
+    if not math.isfinite(norm) and not scaled:
+        raise Diverged("gradient is no longer finite")
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if not scaled:
+        return {"grad_norm": norm}
+    return {"grad_norm": norm if math.isfinite(norm) else 0.0, "overflow": float(not math.isfinite(norm))}
+
+
+def _check_on_policy(run: Run, metrics: dict[str, float]) -> None:
+    """Where rollout and update ask the same policy about the same steps, its likelihood ratio must be 1."""
+    estimator = run.estimator
+    ratio = metrics.get("log_ratio_abs", 0.0)
+    per_dimension = getattr(estimator, "unit", "dimension") == "dimension" and estimator.pool != "sum"
+    expected = "transitions" in estimator.needs and not run.recipe.rollout.truncate_timesteps
+    if expected and per_dimension and ratio > MAX_ON_POLICY_LOG_RATIO:
+        raise RuntimeError(
+            f"on-policy, the log-ratio of the trajectory is {ratio:.1e} per dimension, above "
+            f"{MAX_ON_POLICY_LOG_RATIO:.0e}: the update does not see what the rollout saw (dtype, guidance, dropout?)"
+        )
