@@ -117,6 +117,16 @@ def test_one_table_can_be_listed() -> None:
     assert "did you mean 'samplers'?" in str(CliRunner().invoke(app, ["list", "sampler"]).exception)
 
 
+def test_the_listed_presets_in_the_docs_plan(grids: Path) -> None:
+    (grids / "presets.yaml").write_text(blocks("grids.md", "yaml")[1])
+    plan = make_plan(load_grid(grids / "presets.yaml"))
+    assert [(cell.objective, cell.axes) for cell in plan.cells if cell.seed == 0] == [
+        ("grpo", {"kl.coef": 0.04}),
+        ("gspo", {"kl.coef": 0}),
+    ]
+    assert all(cell.recipe.model.path == "tiny" for cell in plan.cells)
+
+
 # components
 
 
