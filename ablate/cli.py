@@ -78,7 +78,8 @@ def plan(
     if as_json:
         typer.echo(json.dumps(plan_json(planned, rate), indent=1))
         return
-    _console().print(plan_table(planned, rate))
+    console = _console()
+    console.print(plan_table(planned, rate, console.width))
 
 
 @app.command()

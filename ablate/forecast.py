@@ -14,6 +14,7 @@ from ablate.part import COMPONENT_AXES
 from ablate.passes import Passes, passes
 from ablate.plan import FORMAT, Cell, Plan
 
+WITH_RECIPES = 110  # columns of a terminal that leave room for one more
 WIDEST = 20  # characters of a word that a column always has room for; longer names of one's own classes fold
 
 
@@ -49,16 +50,18 @@ def plan_json(plan: Plan, rate: float | None) -> dict[str, Any]:
     }
 
 
-def plan_table(plan: Plan, rate: float | None) -> Group:
+def plan_table(plan: Plan, rate: float | None, width: int = 80) -> Group:
     """The plan for people: one row per combination, with its seeds, network calls per image and device-hours.
 
-    Values of recipe axes stand above a table of their own, so that 80 columns are enough.
+    Values of recipe axes stand above a table of their own, so that 80 columns are enough; recipes are a column where
+    the width has room for one.
     """
+    in_rows = {"recipe"} if width >= WITH_RECIPES else set()
     settings: dict[str, dict[str, list[Cell]]] = {}  # by recipe axes, then by components: the cells of all seeds
     for cell in plan.cells:
-        rows = settings.setdefault(_axes(cell.axes), {})
-        rows.setdefault(str((cell.objective, cell.estimator, cell.sampler)), []).append(cell)
-    tables = [_table(axes, list(rows.values()), rate) for axes, rows in settings.items()]
+        rows = settings.setdefault(_axes({k: v for k, v in cell.axes.items() if k not in in_rows}), {})
+        rows.setdefault(str([_named(cell, name) for name in ("recipe", *COMPONENT_AXES)]), []).append(cell)
+    tables = [_table(axes, list(rows.values()), rate, bool(in_rows)) for axes, rows in settings.items()]
     hours = [device_hours(cell, passes(cell), rate) for cell in plan.cells]
     num_seeds = len({cell.seed for cell in plan.cells})
     lines = [
@@ -82,11 +85,17 @@ def _axes(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={'null' if value is None else value}" for name, value in values.items())
 
 
-def _table(axes: str, rows: list[list[Cell]], rate: float | None) -> Group:
+def _named(cell: Cell, name: str) -> str:
+    """A cell's recipe, where a grid has several, or its label on a component axis."""
+    return str(cell.axes.get("recipe", "")) if name == "recipe" else getattr(cell, name)
+
+
+def _table(axes: str, rows: list[list[Cell]], rate: float | None, with_recipe: bool) -> Group:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for name in COMPONENT_AXES:
+    names = [*(["recipe"] if with_recipe and "recipe" in rows[0][0].axes else []), *COMPONENT_AXES]
+    for name in names:
         # a label may break between its parameters, never inside a word
-        words = [name, *(word for cells in rows for word in getattr(cells[0], name).split())]
+        words = [name, *(word for cells in rows for word in _named(cells[0], name).split())]
         table.add_column(name, min_width=min(max(map(len, words)), WIDEST), overflow="fold")
     for name in ("seeds", "rollout", "no grad", "grad", "hours"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -94,7 +103,7 @@ def _table(axes: str, rows: list[list[Cell]], rate: float | None) -> Group:
         cell, cost = cells[0], passes(cells[0])
         hours = device_hours(cell, cost, rate)
         table.add_row(
-            *(getattr(cell, name) for name in COMPONENT_AXES),
+            *(_named(cell, name) for name in names),
             str(len(cells)),
             *(f"{n:.4g}" for n in (cost.rollout, cost.forward, cost.backward)),
             "?" if hours is None else f"{hours:.2f}",

@@ -311,10 +311,10 @@ def test_device_hours_end_with_whichever_budget_comes_first(
     assert plan_json(plan, rate)["cells"][0]["device_hours"] == pytest.approx(hours)
 
 
-def shown(plan: Plan, rate: float | None) -> str:
-    console = Console(width=80)
+def shown(plan: Plan, rate: float | None, width: int = 80) -> str:
+    console = Console(width=width)
     with console.capture() as captured:
-        console.print(plan_table(plan, rate))
+        console.print(plan_table(plan, rate, width))
     return captured.get()
 
 
@@ -375,3 +375,16 @@ def test_a_grid_can_leave_combinations_out_with_a_reason(tmp_path: Path) -> None
     line = next(i for i, words in enumerate(path.read_text().splitlines(), 1) if "sdee" in words)
     with pytest.raises(InputError, match=f"grid.yaml:{line}: exclude.0: fits no combination"):
         make_plan(load_grid(path))
+
+
+def test_presets_are_rows_of_one_table_where_there_is_room() -> None:
+    plan = make_plan(load_grid(GRIDS / "baselines.yaml"), identify)
+    narrow = shown(plan, 1000.0)
+    assert narrow.count("objective") == 14
+    assert "recipe=flow-grpo-fast" in narrow
+    text = shown(plan, 1000.0, width=140)
+    assert text.count("objective") == 1
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
+    assert rows["recipe"][:4] == ["recipe", "objective", "estimator", "sampler"]
+    assert rows["diffusion-nft"][:3] == ["diffusion-nft", "nft", "elbo-adaptive"]
+    assert "14 combinations" in text
