@@ -20,7 +20,7 @@ from ablate import kl
 from ablate.estimators import ESTIMATORS
 from ablate.objectives import OBJECTIVES
 from ablate.samplers import SAMPLERS
-from ablate.source import InputError, choices
+from ablate.source import InputError, as_yaml, choices
 
 TABLES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "objectives": OBJECTIVES,
@@ -131,9 +131,7 @@ def _facts(instance: Any) -> dict[str, str]:
         if value is not None:
             found[key] = value
     if demands := getattr(instance, "demands", None):
-        found["insists on"] = ", ".join(
-            f"{path}: {'null' if value is None else value}" for path, value in demands.items()
-        )
+        found["insists on"] = ", ".join(f"{path}: {as_yaml(value)}" for path, value in demands.items())
     return found
 
 

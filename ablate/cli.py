@@ -68,7 +68,7 @@ def plan(
     """Show a grid's cells, the combinations that are excluded and why, and what each cell costs."""
     from ablate.forecast import plan_json, plan_table
 
-    _, planned = _planned(grid, settings, only, seeds)
+    _, _, planned = _planned(grid, settings, only, seeds)
     if rate is not None and not 0 < rate < float("inf"):
         raise InputError(f"--rate {rate:g}: expected more than 0 network calls per second")
     if calibrate:
@@ -102,7 +102,7 @@ def run(
     from runners.sweep import freeze, in_order, run_cells
     from runners.tracking import Mirror, compare_link, server_command
 
-    loaded, planned = _planned(grid, settings, only, seeds)
+    loaded, whole, planned = _planned(grid, settings, only, seeds)
     console = _console()
     folder = results / planned.grid
     if dry_run:
@@ -111,7 +111,6 @@ def run(
         return
     for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in planned.cells}.values():
         check_model(model)
-    _, whole = _planned(grid, settings, None, None)
     freeze(folder, whole, loaded.source.text)
     console.print(
         f"{len(planned.cells)} cells in {folder}, {workers} at a time; combinations excluded: {len(planned.excluded)}"
@@ -160,10 +159,9 @@ def status(
     """Show how far a grid's cells are."""
     from runners.live import live_table
 
-    _, planned = _planned(grid, settings, only, seeds)
+    _, whole, planned = _planned(grid, settings, only, seeds)
     console, folder = _console(), results / planned.grid
     console.print(live_table(console, folder, planned.cells, rows=len(planned.cells)))
-    _, whole = _planned(grid, settings, None, None)
     others = {path.parent.name for path in folder.glob("*/record.json")} - {cell.id for cell in whole.cells}
     if others:
         console.print(f"{len(others)} other cells in {folder} have run with other settings (--set, or an older grid).")
@@ -219,15 +217,13 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output")] = False,
 ) -> None:
     """Measure an epoch of a grid's first cell here: time by phase, FLOP/s, and what the network alone would take."""
-    import torch
-
     from runners.bench import bench as measure
+    from runners.policy import this_device
     from runners.random_weights import random_policy
 
-    _, planned = _planned(grid, settings, only, None)
+    _, _, planned = _planned(grid, settings, only, None)
     first = planned.cells[0]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = measure(first, random_policy(first.recipe.model, device) if random_weights else None)
+    found = measure(first, random_policy(first.recipe.model, this_device()) if random_weights else None)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
         return
@@ -258,7 +254,7 @@ def doctor(
 
     from runners.doctor import examine
 
-    console, (_, planned) = _console(), _planned(grid, settings, only, seeds)
+    console, (_, _, planned) = _console(), _planned(grid, settings, only, seeds)
     styles = {"ok": "green", "warning": "yellow", "problem": "red"}
     problems = 0
     for finding in examine(planned.cells, results, dry_run=dry_run):
@@ -304,14 +300,17 @@ def _console() -> Console:
     return Console(width=WIDE if wide else None)
 
 
-def _planned(path: Path, settings: list[str] | None, only: list[str] | None, seeds: str | None) -> tuple[Grid, Plan]:
-    """Load a grid, plan it, and keep the cells that the options ask for."""
+def _planned(
+    path: Path, settings: list[str] | None, only: list[str] | None, seeds: str | None
+) -> tuple[Grid, Plan, Plan]:
+    """Load a grid and plan it; beside the whole plan, the cells that the options ask for."""
     from ablate.grid import load_grid
     from ablate.plan import make_plan
     from runners.identity import identify
 
     loaded = load_grid(path, dict(_setting(text) for text in settings or ()))
-    return loaded, _kept(make_plan(loaded, identify), loaded, only, seeds)
+    whole = make_plan(loaded, identify)
+    return loaded, whole, _kept(whole, loaded, only, seeds)
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -338,19 +337,19 @@ def _kept(plan: Plan, grid: Grid, only: list[str] | None, seeds: str | None) -> 
             return [getattr(cell, axis), cell.components[axis].name]
         return [str(cell.axes[axis])]
 
+    if not plan.cells:
+        raise grid.source.error(("axes",) if grid.file.axes else ("cells",), plan.without_cells())
     wanted: dict[str, set[str]] = {}
     for text in only or ():
         axis, separator, value = text.partition("=")
         if not separator:
             raise InputError(f"--only {text}: expected AXIS=VALUE")
-        if axis not in (axes := (*COMPONENT_AXES, *(plan.cells[0].axes if plan.cells else ()), "id")):
+        if axis not in (axes := (*COMPONENT_AXES, *plan.cells[0].axes, "id")):
             raise InputError(f"--only {text}: unknown axis {axis!r}{choices(axis, axes)}")
         known = dict.fromkeys(v for cell in plan.cells for v in values(cell, axis))
         if value not in known:
             raise InputError(f"--only {text}: no cell has {axis} {value!r}{choices(value, known)}")
         wanted.setdefault(axis, set()).add(value)
-    if not plan.cells:
-        raise grid.source.error(("axes",) if grid.file.axes else ("cells",), plan.without_cells())
     kept_seeds = set(grid.file.seeds)
     if seeds is not None:
         try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ablate.recipe import Recipe
+from ablate.source import as_yaml
 
 
 def impossible(names: Mapping[str, str], objective: Any, estimator: Any, sampler: Any, recipe: Recipe) -> str | None:
@@ -64,8 +65,4 @@ def _of_objective_and_recipe(o: str, objective: Any, recipe: Recipe) -> Iterator
         yield f"{o} compares samples at the same probe, so group_probe cannot be stratified"
     for path, wanted in getattr(objective, "demands", {}).items():
         if (got := operator.attrgetter(path)(recipe)) != wanted:
-            yield f"{o} is defined by {path}: {_written(wanted)}, and the recipe has {_written(got)}"
-
-
-def _written(value: object) -> str:
-    return "null" if value is None else str(value)
+            yield f"{o} is defined by {path}: {as_yaml(wanted)}, and the recipe has {as_yaml(got)}"

@@ -20,20 +20,14 @@ from ablate.estimators.elbo import ELBO
 from ablate.estimators.protocol import pooled
 from ablate.estimators.trajectory import Trajectory
 from ablate.flow import diffusers_sigmas
+from ablate.gaussian_flow import GaussianFlow
 from ablate.rollout import Evaluation, Rollout, take
 from ablate.samplers.ode import ODE
 from ablate.samplers.sde import FlowSDE
 from ablate.seeding import streams
 
 GROUPS, SIZE, POINTS, STEPS, DIMS = 3, 4, 3, 8, 6
-_MEAN, _SCALE = 0.7, 0.5  # of the data
-
-
-def velocity_field(x: Tensor, sigma: Tensor) -> Tensor:
-    """The exact velocity E[noise - x0 | x] for data N(0.7, 0.5^2); x [n, ...], sigma [n]."""
-    s = sigma.to(x).reshape(-1, *[1] * (x.ndim - 1))
-    slope = (s - (1 - s) * _SCALE**2) / ((1 - s) ** 2 * _SCALE**2 + s**2)
-    return -_MEAN + slope * (x - (1 - s) * _MEAN)
+FLOW = GaussianFlow()
 
 
 def roll_out(sampler: Any, samples: range = range(GROUPS * SIZE)) -> Rollout:
@@ -44,7 +38,7 @@ def roll_out(sampler: Any, samples: range = range(GROUPS * SIZE)) -> Rollout:
 
     def field(x: Tensor, sigma: Tensor) -> Tensor:
         seen.append(x)
-        return velocity_field(x, sigma)
+        return FLOW.velocity(x, sigma)
 
     rollout: Rollout = sampler.sample(field, noise, sigmas=diffusers_sigmas(STEPS), epoch=0, streams=own)
     assert len(seen) == STEPS, f"the sampler calls the network {len(seen)} times in {STEPS} steps"
@@ -53,7 +47,7 @@ def roll_out(sampler: Any, samples: range = range(GROUPS * SIZE)) -> Rollout:
 
 def velocity_at(probe: Any) -> Tensor:
     """The exact velocity at the points of a probe, [b, k, ...]."""
-    return velocity_field(probe.x.flatten(0, 1), probe.sigma.flatten()).reshape(probe.x.shape)
+    return FLOW.velocity(probe.x.flatten(0, 1), probe.sigma.flatten()).reshape(probe.x.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

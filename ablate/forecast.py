@@ -13,6 +13,7 @@ from rich.text import Text
 from ablate.part import COMPONENT_AXES
 from ablate.passes import Passes, passes
 from ablate.plan import FORMAT, Cell, Plan
+from ablate.source import as_yaml, counted
 
 WITH_RECIPES = 110  # columns of a terminal that leave room for one more
 WIDEST = 20  # characters of a word that a column always has room for; longer names of one's own classes fold
@@ -65,8 +66,8 @@ def plan_table(plan: Plan, rate: float | None, width: int = 80) -> Group:
     hours = [device_hours(cell, passes(cell), rate) for cell in plan.cells]
     num_seeds = len({cell.seed for cell in plan.cells})
     lines = [
-        f"{_count(len(plan.cells), 'cell')}: {_count(sum(map(len, settings.values())), 'combination')}, "
-        f"{_count(num_seeds, 'seed')}.",
+        f"{counted(len(plan.cells), 'cell')}: {counted(sum(map(len, settings.values())), 'combination')}, "
+        f"{counted(num_seeds, 'seed')}.",
         "Network calls are per trained image: of the rollout, then of updates without and with gradient.",
     ]
     if None in hours:
@@ -77,12 +78,8 @@ def plan_table(plan: Plan, rate: float | None, width: int = 80) -> Group:
     return Group(*tables, Text("\n".join(lines)), *_excluded(plan))
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
-
-
 def _axes(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={'null' if value is None else value}" for name, value in values.items())
+    return ", ".join(f"{name}={as_yaml(value)}" for name, value in values.items())
 
 
 def _named(cell: Cell, name: str) -> str:
@@ -119,7 +116,7 @@ def _excluded(plan: Plan) -> Iterator[Padding | Text]:
         combinations.setdefault(f"{e.objective} x {e.estimator} x {e.sampler}", []).append(_axes(e.axes))
     if reasons:
         are = "is" if len(plan.excluded) == 1 else "are"
-        yield Text(f"\n{_count(len(plan.excluded), 'combination')} {are} excluded:")
+        yield Text(f"\n{counted(len(plan.excluded), 'combination')} {are} excluded:")
     for reason, combinations in reasons.items():
         yield Padding(Text(f"{reason}:"), (0, 0, 0, 2))
         for combination, axes in combinations.items():

@@ -114,35 +114,22 @@ def load_grid(path: Path, settings: dict[str, Any] | None = None) -> Grid:
     except ValidationError as error:
         raise explain(error, GridFile, source) from None
     _check(file, source)
-    given = settings or {}
-    if file.axes:
-        parts = [_part(path, file, source, ("axes",), file.recipe, file.axes, given)]
-    else:
-        parts = [
-            _part(
-                path, file, source, ("cells", i), cell.get("recipe", file.recipe),
-                {name: [value] for name, value in cell.items() if name != "recipe"}, given,
-            )
-            for i, cell in enumerate(file.cells)
-        ]  # fmt: skip
-    return Grid(file=file, source=source, parts=tuple(parts))
+    places: list[Location] = [("axes",)] if file.axes else [("cells", i) for i in range(len(file.cells))]
+    parts = tuple(_part(path, file, source, place, settings or {}) for place in places)
+    return Grid(file=file, source=source, parts=parts)
 
 
-def _part(
-    path: Path,
-    file: GridFile,
-    source: Source,
-    place: Location,
-    recipe_name: Any,
-    axes: Mapping[str, list[Any]],
-    settings: Mapping[str, Any],
-) -> Part:
+def _part(path: Path, file: GridFile, source: Source, place: Location, settings: Mapping[str, Any]) -> Part:
     """Axes with their recipe: its method fills in components, `override` and `settings` change its fields."""
+    single = place != ("axes",)
+    written: Mapping[str, Any] = file.cells[int(place[1])] if single else file.axes
+    axes = {name: [value] for name, value in written.items() if name != "recipe"} if single else file.axes
+    recipe_name = written.get("recipe", file.recipe)
     if not isinstance(recipe_name, str):
         got = f"got {shown(recipe_name)}, expected" if recipe_name is not None else "is missing:"
-        raise source.error((*place, "recipe") if len(place) > 1 else ("recipe",), f"{got} the name of a recipe")
-    written = (*place, "recipe") if len(place) > 1 and "recipe" in file.cells[int(place[1])] else ("recipe",)
-    recipe_source = Source.read(_recipe_path(recipe_name, path, source, written))
+        raise source.error((*place, "recipe") if single else ("recipe",), f"{got} the name of a recipe")
+    named = (*place, "recipe") if "recipe" in written else ("recipe",)
+    recipe_source = Source.read(_recipe_path(recipe_name, path, source, named))
     data = {key: value for key, value in recipe_source.data.items() if key != "method"}
     method = recipe_source.data.get("method", {})
     if not isinstance(method, dict) or not set(method) <= set(COMPONENT_AXES):
@@ -157,14 +144,14 @@ def _part(
             raise InputError(f"--set {key}={value}: {problem}")
         if key in axes:
             values = ", ".join(map(shown, axes[key]))
-            kept = f"; --only {key}=VALUE keeps one" if place == ("axes",) else ""
+            kept = "" if single else f"; --only {key}=VALUE keeps one"
             raise InputError(f"--set {key}={value}: is an axis of {path} ({values}){kept}")
         recipe = set_path(recipe, key.split("."), value)
     ordered = {axis: axes[axis] if axis in axes else [method[axis]] for axis in COMPONENT_AXES}
     part = Part(
         source=source,
         override=file.override,
-        written=file.axes if place == ("axes",) else file.cells[int(place[1])],
+        written=written,
         axes={**ordered, **axes},
         place=place,
         recipe_name=recipe_name,

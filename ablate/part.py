@@ -54,9 +54,10 @@ class Part:
     def error(self, location: Location, message: str, values: dict[str, Any]) -> InputError:
         """An InputError about a recipe field, where its value was written: --set, an axis, `override` or the recipe."""
         named = re.findall(r"[\w.]+", message)  # a problem between fields names them
-        fields = [location] if ".".join(map(str, location[:2])) in list(recipe_fields()) else []
         known = [tuple(field.split(".")) for field in recipe_fields()]
-        fields = fields or [f for word in named for f in known if word in (f[-1], dotted(f))]
+        fields = (
+            [location] if location[:2] in known else [f for word in named for f in known if word in (f[-1], dotted(f))]
+        )
         fields = [f for f in fields if f[: len(location)] == location] or [location]
         for place in fields:
             for path, value in self.settings.items():

@@ -52,6 +52,16 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 cell`, `3 cells`, `no cells`."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def as_yaml(value: object) -> str:
+    """A value of a field in words, as a grid would have it: null for nothing."""
+    return "null" if value is None else str(value)
+
+
 class Source:
     """A YAML document, and the line of each of its parts."""
 

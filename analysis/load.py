@@ -112,13 +112,14 @@ def _parts(planned: _Planned) -> list[str]:
 
 def _short_names(cells: Sequence[_Planned]) -> dict[str, str]:
     """Names of single combinations by cell id: the recipe, or else the components, and what else tells them apart."""
-    described = {}
-    for cell in cells:
-        fields = {key: f"{key}={value}" for key, value in cell.axes.items() if key != "recipe"}
-        components = {key: getattr(cell, key) for key in KEYS[:3]}
-        first = {"recipe": cell.axes["recipe"]} if "recipe" in cell.axes else components
-        described[cell.id] = {**first, **{k: v for k, v in components.items() if k not in first}, **fields}
-    told = list(first)
+    told = ["recipe"] if "recipe" in cells[0].axes else KEYS[:3]
+    described = {
+        cell.id: {
+            **{axis: getattr(cell, axis) for axis in KEYS[:3]},
+            **{key: value if key == "recipe" else f"{key}={value}" for key, value in cell.axes.items()},
+        }
+        for cell in cells
+    }
     names = dict.fromkeys(described, "")
     for key in [*told, *(key for key in described[cells[0].id] if key not in told)]:
         alike = {name: {described[id].get(key) for id in names if names[id] == name} for name in names.values()}

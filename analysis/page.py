@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from ablate.source import counted
 from analysis.load import PHASES, STATUSES, Results
 
 _STYLE = """
@@ -56,18 +57,14 @@ def sentence(results: Results) -> str:
     counts = cells["status"].value_counts()
     others = [f"{counts[status]} {status.replace('_', ' ')}" for status in STATUSES[1:] if status in counts]
     prompts = sorted(cells["num_prompts"].dropna().astype(int).unique())
-    configurations = _count(cells["configuration"].nunique(), "configuration")
+    configurations = counted(cells["configuration"].nunique(), "configuration")
     first = (
-        f"Grid {results.grid}: {counts.get('done', 0)} of {_count(len(cells), 'cell')} done"
+        f"Grid {results.grid}: {counts.get('done', 0)} of {counted(len(cells), 'cell')} done"
         f"{' (' + ', '.join(others) + ')' if others else ''}; {configurations}, "
-        f"{_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))}); "
-        f"{_count(len(results.excluded), 'combination')} excluded."
+        f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))}); "
+        f"{counted(len(results.excluded), 'combination')} excluded."
     )
     return first + (f" Evaluated on {' or '.join(map(str, prompts))} held-out prompts per cell." if prompts else "")
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n or 'no'} {noun}{'' if n == 1 else 's'}"
 
 
 def _figure(name: str, caption: str) -> str:
@@ -138,5 +135,7 @@ def _cost(results: Results) -> str:
     seconds = sum(total.values())
     rows = [(phase, f"{s / 3600:,.3f}", f"{s / seconds:.1%}" if seconds else "") for phase, s in total.items()]
     frame = pd.DataFrame([*rows, ("all", f"{seconds / 3600:,.3f}", "")], columns=["phase", "device-hours", "share"])
-    note = f"Totals over the {_count(len(known), 'cell')} with a record, of {len(cost)}. Lost: work of killed attempts."
+    note = (
+        f"Totals over the {counted(len(known), 'cell')} with a record, of {len(cost)}. Lost: work of killed attempts."
+    )
     return f'<h2>Cost</h2>\n{_table(frame)}\n<p class="note">{note} {"; ".join(": ".join(c) for c in calls)}.</p>'

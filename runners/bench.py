@@ -117,18 +117,13 @@ def _seconds(run: Run, call: Callable[[], None], repeats: int = 3) -> float:
     call()
     times = []
     for _ in range(repeats):
-        _wait(run)
+        run.wait()
         start = time.perf_counter()
         call()
-        _wait(run)
+        run.wait()
         times.append(time.perf_counter() - start)
     run.optimizer.zero_grad()
     return sorted(times)[repeats // 2]
-
-
-def _wait(run: Run) -> None:
-    if run.policy.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _flops_per_call(run: Run) -> float:

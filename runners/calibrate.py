@@ -7,13 +7,13 @@ import time
 import torch
 
 from ablate.recipe import Recipe
-from runners.policy import SD3Policy
+from runners.policy import SD3Policy, this_device
 
 
 @torch.no_grad()
 def calls_per_second(recipe: Recipe, seconds: float = 3.0) -> float:
     """Network calls (one image, one noise level, no gradient) per second on this device."""
-    policy = SD3Policy(recipe.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    policy = SD3Policy(recipe.model, this_device())
     batch = recipe.rollout.batch_size
     x = torch.randn(batch, *policy.latent_shape, device=policy.device)
     sigma = torch.full((batch,), 0.5, device=policy.device)

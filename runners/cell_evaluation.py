@@ -6,20 +6,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from ablate.flow import diffusers_sigmas
 from ablate.plan import Cell
 from ablate.recipe import EvaluationRecipe
-from ablate.record import read_json, write_atomic
+from ablate.record import read_cell, write_atomic
 from ablate.source import InputError
-from runners.evaluation import contact_sheet, generate, means
-from runners.export import load
-from runners.policy import SD3Policy
+from runners.evaluation import NUM_PICTURED, contact_sheet, generate, means
+from runners.export import WEIGHTS, load
+from runners.policy import SD3Policy, this_device
 from runners.prompts import load_prompts
 from runners.rewards import load_reward
-
-NUM_PICTURED = 24
 
 
 def evaluate_cells(
@@ -31,9 +27,9 @@ def evaluate_cells(
     Raises InputError where no cell has weights.
     """
     cells = [
-        Cell.model_validate(read_json(path))
+        read_cell(path.parent)
         for path in sorted(results.glob("*/cell.json"))
-        if (path.parent / "weights").is_dir() and (not ids or path.parent.name in ids)
+        if (path.parent / WEIGHTS).is_dir() and (not ids or path.parent.name in ids)
     ]
     if not cells:
         raise InputError(f"{results}: no cell with exported weights{' among those asked for' if ids else ''}")
@@ -44,7 +40,7 @@ def evaluate_cells(
         key = cell.recipe.model.model_dump_json()
         new = key not in bases
         if new:
-            bases[key] = SD3Policy(cell.recipe.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            bases[key] = SD3Policy(cell.recipe.model, this_device())
         policy = bases[key]
         if new:
             yield from _evaluate("base", cell, policy, rewards, guidance_scales, target)

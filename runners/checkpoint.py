@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ablate.record import Ledger
-from runners.policy import Policy
+from runners.policy import SD3Policy
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class Progress:
 
 
 def save(
-    folder: Path, progress: Progress, policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    folder: Path, progress: Progress, policy: SD3Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
     """Write a checkpoint beside the last one, which is kept as the one before."""
     target = folder / "checkpoint"
@@ -52,7 +52,7 @@ def save(
 
 
 def restore(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    folder: Path, policy: SD3Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> Progress | None:
     """Continue from the newest intact checkpoint of a cell; None where there is none. Damaged ones are named."""
     for path in (folder / "checkpoint" / "state.pt", folder / "checkpoint" / "before.pt"):

@@ -16,7 +16,7 @@ from ablate.recipe import EvaluationRecipe
 from ablate.record import write_atomic
 from ablate.samplers.ode import ODE
 from ablate.seeding import streams
-from runners.policy import Policy
+from runners.policy import SD3Policy
 from runners.prompts import Prompt
 from runners.rewards import RewardOutput
 from runners.run import Run
@@ -47,7 +47,7 @@ def evaluate(run: Run) -> dict[str, float]:
 
 @torch.no_grad()
 def generate(
-    policy: Policy, texts: Sequence[str], recipe: EvaluationRecipe, sigmas: Tensor, batch_size: int
+    policy: SD3Policy, texts: Sequence[str], recipe: EvaluationRecipe, sigmas: Tensor, batch_size: int
 ) -> NDArray[np.uint8]:
     """One image [h, w, 3] per text by Euler steps; text i of a split always starts from the same noise."""
     conditioning = policy.encode(texts)

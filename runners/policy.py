@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging
 from numpy.typing import NDArray
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ablate.flow import Velocity
@@ -40,29 +40,9 @@ DECODED_IMAGES, DECODED_PIXELS = 32, 2**21  # at once: fastest for small images,
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-class Policy(Protocol):
-    """What the training loop needs of a model."""
-
-    device: torch.device
-    trainable: list[nn.Parameter]
-    latent_shape: tuple[int, ...]
-    shift: float  # of the noise levels
-
-    def encode(self, texts: Sequence[str]) -> Conditioning: ...
-
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor: ...
-
-    def field(self, conditioning: Conditioning, guidance_scale: float) -> Velocity: ...
-
-    def decode(self, latents: Tensor) -> NDArray[np.uint8]: ...
-
-    def using(self, weights: Weights) -> Any: ...
-
-    def blend(self, weights: Weights, decay: float) -> None: ...
-
-    def state(self) -> dict[str, list[Tensor]]: ...
-
-    def load_state(self, state: dict[str, list[Tensor]]) -> None: ...
+def this_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class SD3Policy:

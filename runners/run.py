@@ -21,7 +21,7 @@ from ablate.seeding import derive_seed
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.memory import in_memory
-from runners.policy import SD3Policy
+from runners.policy import SD3Policy, this_device
 from runners.prompts import PromptSource, load_prompts
 from runners.rewards import Reward, load_reward
 
@@ -45,9 +45,7 @@ class Run:
     scaler: torch.amp.GradScaler  # of the loss, for float16
     progress: Progress
     target_reached: bool = False
-    batch_sizes: dict[str, int] = field(
-        default_factory=dict
-    )  # of rollout and update, smaller than asked for if need be
+    batch_sizes: dict[str, int] = field(default_factory=dict)  # of rollout and update, as they fitted into memory
     objective: Any = field(init=False)
     estimator: Any = field(init=False)
     sampler: Any = field(init=False)
@@ -67,13 +65,16 @@ class Run:
     @contextmanager
     def booked(self, phase: str) -> Iterator[None]:
         """Add the seconds of a block to a phase of the cost ledger."""
-        if self.policy.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.wait()
         start = time.perf_counter()
         yield
+        self.wait()
+        self.spend(**{phase: time.perf_counter() - start})
+
+    def wait(self) -> None:
+        """Until the device has done what it was asked to do, so that a clock tells the truth."""
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize()
-        self.spend(**{phase: time.perf_counter() - start})
 
     def spend(self, **amounts: float) -> None:
         cost = self.progress.cost
@@ -107,7 +108,7 @@ class Run:
 def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None) -> Run:
     """Load the model (or take `policy`), prompts and reward of a cell; continue from its checkpoint if there is one."""
     torch.manual_seed(derive_seed(cell.seed, "initialisation"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     policy = policy or SD3Policy(cell.recipe.model, device)
     update = cell.recipe.update
     optimizer = torch.optim.AdamW(

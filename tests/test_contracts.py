@@ -162,20 +162,6 @@ class Deaf(ELBO):
         return super().probe(rollout, num_points=2, streams=streams)
 
 
-@pytest.mark.parametrize(
-    ("estimator", "message"),
-    [
-        (Jittered(), "not a pure function"),
-        (Unseeded(), "does not come from the streams"),
-        (Deaf(), "announced"),
-    ],
-    ids=lambda v: type(v).__name__,
-)
-def test_broken_estimators_are_found(estimator, message: str) -> None:
-    with pytest.raises(AssertionError, match=message):
-        check_estimator(estimator)
-
-
 class Recorded(FlowSDE):
     def sample(self, velocity, noise, *, sigmas, epoch, streams):
         rollout = super().sample(velocity, noise, sigmas=sigmas, epoch=epoch, streams=streams)
@@ -197,17 +183,20 @@ class Doubled(FlowSDE):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "message"),
+    ("check", "component", "message"),
     [
-        (Recorded(), "a recorded step is not"),
-        (Global(), "does not come from the streams"),
-        (Doubled(), "calls the network 16 times"),
+        (check_estimator, Jittered(), "not a pure function"),
+        (check_estimator, Unseeded(), "does not come from the streams"),
+        (check_estimator, Deaf(), "announced"),
+        (check_sampler, Recorded(), "a recorded step is not"),
+        (check_sampler, Global(), "does not come from the streams"),
+        (check_sampler, Doubled(), "calls the network 16 times"),
     ],
-    ids=lambda v: type(v).__name__,
+    ids=lambda v: getattr(v, "__name__", type(v).__name__),
 )
-def test_broken_samplers_are_found(sampler, message: str) -> None:
+def test_broken_estimators_and_samplers_are_found(check, component, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        check_sampler(sampler)
+        check(component)
 
 
 class Plain:

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from gaussian_flow import GaussianFlow
 
 from ablate.contracts import DIMS, roll_out, velocity_at
 from ablate.estimators import ESTIMATORS
@@ -17,6 +16,7 @@ from ablate.estimators.laws import LINEAR, UNIFORM, logit_normal, scheduler_dens
 from ablate.estimators.protocol import pooled
 from ablate.estimators.trajectory import Trajectory
 from ablate.flow import diffusers_sigmas, linear_sigmas
+from ablate.gaussian_flow import GaussianFlow
 from ablate.rollout import Rollout
 from ablate.samplers.sde import CPS, DanceSDE, FlowSDE
 from ablate.seeding import streams

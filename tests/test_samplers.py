@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from gaussian_flow import GaussianFlow
 
 from ablate.flow import diffusers_sigmas, linear_sigmas
+from ablate.gaussian_flow import GaussianFlow
 from ablate.samplers.mixed import Mixed
 from ablate.samplers.ode import ODE, dpm2_weight
 from ablate.samplers.sde import CPS, DDIM, DMD, DanceSDE, DPMSolverSDE, FlowSDE

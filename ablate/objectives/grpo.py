@@ -35,8 +35,8 @@ class GRPO:
 
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         log_r, c = log_ratio(evaluation), self.clip_range
-        loss = clipped_surrogate(log_r.exp(), evaluation.advantage[:, None], c, c).mean()
-        return loss, ratio_metrics(log_r, c, c)
+        terms, metrics = clipped_surrogate(log_r, evaluation.advantage[:, None], c, c)
+        return terms.mean(), metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,8 @@ class DAPO:
 
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         log_r, low, high = log_ratio(evaluation), self.clip_low, self.clip_high
-        loss = clipped_surrogate(log_r.exp(), evaluation.advantage[:, None], low, high).mean()
-        return loss, ratio_metrics(log_r, low, high)
+        terms, metrics = clipped_surrogate(log_r, evaluation.advantage[:, None], low, high)
+        return terms.mean(), metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,8 @@ class GSPO:
 
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         log_s, c = log_ratio(evaluation).mean(1), self.clip_range
-        loss = clipped_surrogate(log_s.exp(), evaluation.advantage, c, c).mean()
-        return loss, ratio_metrics(log_s, c, c)
+        terms, metrics = clipped_surrogate(log_s, evaluation.advantage, c, c)
+        return terms.mean(), metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,15 @@ def log_ratio(evaluation: Evaluation) -> Tensor:
     return evaluation.log_prob - evaluation.old()
 
 
-def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """max(-A r, -A clip(r, 1 - low, 1 + high)): no gradient once the ratio has moved far enough in A's direction.
+def clipped_surrogate(log_r: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)) term by term, and the metrics of the ratio.
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, as a loss.
+    No gradient once the ratio has moved far enough in A's direction; Schulman et al. 2017 (arXiv 1707.06347), eq. 7.
     """
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+    ratio = log_r.exp()
+    terms = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+    outside = ((ratio < 1 - low) | (ratio > 1 + high)).to(log_r).mean()
+    return terms, {**ratio_metrics(log_r), "clip_fraction": outside}
 
 
 def check_positive(**values: float) -> None:
@@ -28,11 +31,6 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be positive, got {value}")
 
 
-def ratio_metrics(log_r: Tensor, low: float | None = None, high: float | None = None) -> dict[str, Tensor]:
-    """How far the policies are apart, and how many ratios a clip range catches."""
-    log_r = log_r.detach()
-    metrics = {"log_ratio_abs": log_r.abs().mean()}
-    if low is not None and high is not None:
-        ratio = log_r.exp()
-        metrics["clip_fraction"] = ((ratio < 1 - low) | (ratio > 1 + high)).to(log_r).mean()
-    return metrics
+def ratio_metrics(log_r: Tensor) -> dict[str, Tensor]:
+    """How far the policies are apart."""
+    return {"log_ratio_abs": log_r.detach().abs().mean()}

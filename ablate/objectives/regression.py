@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ablate.flow import like, mean_square
 from ablate.objectives.protocol import Level
-from ablate.objectives.ratio import check_positive, clipped_surrogate, log_ratio, ratio_metrics
+from ablate.objectives.ratio import check_positive, clipped_surrogate, log_ratio
 from ablate.rollout import Evaluation, needed
 
 
@@ -107,12 +107,9 @@ class AWM:
 
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         log_r, c = log_ratio(evaluation), self.clip_range
-        surrogate = clipped_surrogate(log_r.exp(), evaluation.advantage[:, None], c, c).mean()
+        terms, metrics = clipped_surrogate(log_r, evaluation.advantage[:, None], c, c)
         change = mean_square(needed(evaluation.velocity) - needed(evaluation.old_velocity), 2).mean()
-        return surrogate + self.ema_coef * change, {
-            **ratio_metrics(log_r, c, c),
-            "velocity_change": change.detach(),
-        }
+        return terms.mean() + self.ema_coef * change, {**metrics, "velocity_change": change.detach()}
 
 
 @dataclass(frozen=True, kw_only=True)

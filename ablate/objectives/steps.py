@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ablate.flow import like
 from ablate.objectives.protocol import Level
-from ablate.objectives.ratio import check_positive, clipped_surrogate, log_ratio, ratio_metrics
+from ablate.objectives.ratio import check_positive, clipped_surrogate, log_ratio
 from ablate.rollout import Evaluation, needed
 
 
@@ -38,10 +38,10 @@ class GRPOGuard:
         noise = probe.deviation(old) / like(probe.std, old)
         shift = like(probe.velocity_coef, old) * (velocity - old)
         log_r, c = (noise * shift).flatten(2).mean(-1), self.clip_range
-        terms = clipped_surrogate(log_r.exp(), evaluation.advantage[:, None], c, c)
+        terms, metrics = clipped_surrogate(log_r, evaluation.advantage[:, None], c, c)
         if self.per_dt:
             terms = terms / (probe.sigma - probe.next_sigma).to(terms)
-        return terms.mean(), ratio_metrics(log_r, c, c)
+        return terms.mean(), metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,5 +63,5 @@ class TempFlow:
 
     def __call__(self, evaluation: Evaluation) -> tuple[Tensor, dict[str, Tensor]]:
         log_r, c = log_ratio(evaluation), self.clip_range
-        terms = clipped_surrogate(log_r.exp(), evaluation.advantage[:, None], c, c)
-        return (needed(evaluation.probe).std.to(terms) * terms).mean(), ratio_metrics(log_r, c, c)
+        terms, metrics = clipped_surrogate(log_r, evaluation.advantage[:, None], c, c)
+        return (needed(evaluation.probe).std.to(terms) * terms).mean(), metrics

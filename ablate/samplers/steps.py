@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -90,7 +91,7 @@ def ddim_std(sigma: float, next_sigma: float, eta: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSampler:
+class StepSampler(ABC):
     """A sampler whose every step leaves a Gaussian density behind; a subclass says with `rule` which step.
 
     Every step but the last is scored: near sigma = 0 the deviation is up to a hundred times smaller than elsewhere
@@ -101,9 +102,9 @@ class StepSampler:
     def leaves(self) -> frozenset[str]:
         return frozenset({"transitions", "density"})
 
+    @abstractmethod
     def rule(self, sigmas: Sequence[float]) -> StepRule:
         """The step of this sampler on a schedule."""
-        raise NotImplementedError
 
     def num_scored(self, num_steps: int) -> int:
         return num_steps - 1
