@@ -20,9 +20,13 @@ from runners.tiny.scenes import COLORS, GROUND, SQUARE_SIDE, coverage
 
 MIN_SIDE, MAX_SIDE = 4, 13  # pixels; the drawn shapes are 6 to 9 wide
 MIN_OVERLAP = 0.8
+WINDOW = MAX_SIDE + 2  # around a component
+PIXELS = 2**18  # at once
 _NAMES = tuple(COLORS)
 _PALETTE = np.array(list(COLORS.values()), float) - np.array(GROUND, float)  # [colours, 3]
 _SQUARED_NORM = (_PALETTE**2).sum(1)
+_IN_PLANE = np.zeros((3, 3, 3), bool)  # neighbours above, below and beside, in the same image
+_IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
 # shape: (area, how far the centroid lies below the centre), for radius 1
 _GEOMETRY = {"circle": (np.pi, 0.0), "square": (4 * SQUARE_SIDE**2, 0.0), "triangle": (2.0, 1 / 3)}
 
@@ -38,8 +42,9 @@ class ScenesReward:
         self.identity = "released-scenes-1" if released else "scenes-1"
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> RewardOutput:
+        found = detect(images)
         verdicts = [
-            judge(detect(image), prompt, released=self.released) for image, prompt in zip(images, prompts, strict=True)
+            judge(detections, prompt, released=self.released) for detections, prompt in zip(found, prompts, strict=True)
         ]
         return RewardOutput(
             score=np.array([v.score for v in verdicts]),
@@ -48,40 +53,57 @@ class ScenesReward:
         )
 
 
-def detect(image: NDArray[np.uint8]) -> list[Detection]:
-    """The shapes of an image [h, w, 3]. Components that fit no shape are dropped."""
-    offset = image.astype(float) - np.array(GROUND, float)  # [h, w, 3]
-    projection = offset @ _PALETTE.T / _SQUARED_NORM  # [h, w, colours], least-squares coverage
-    residual = (offset**2).sum(-1, keepdims=True) - projection**2 * _SQUARED_NORM
-    color = np.argmin(residual, -1)
+def detect(images: NDArray[np.uint8]) -> list[list[Detection]]:
+    """The shapes of each image [b, h, w, 3]. Components that fit no shape are dropped."""
+    at_once = max(1, PIXELS // (images.shape[1] * images.shape[2]))
+    return [found for i in range(0, len(images), at_once) for found in _detect(images[i : i + at_once])]
+
+
+def _detect(images: NDArray[np.uint8]) -> list[list[Detection]]:
+    offset = images.astype(float) - np.array(GROUND, float)  # [b, h, w, 3]
+    projection = offset @ _PALETTE.T / _SQUARED_NORM  # [b, h, w, colours], least-squares coverage
+    color = np.argmax(projection**2 * _SQUARED_NORM, -1)  # what it explains of the offset, squared
     solid = np.take_along_axis(projection, color[..., None], -1)[..., 0] > 0.5
-    detections = []
-    for index in np.unique(color[solid]):
-        components, _ = ndimage.label(solid & (color == index))
-        for number, (rows, columns) in enumerate(ndimage.find_objects(components), start=1):
-            if not all(MIN_SIDE <= side.stop - side.start <= MAX_SIDE for side in (rows, columns)):
-                continue
+    detections: list[list[Detection]] = [[] for _ in images]
+    for index, name in enumerate(_NAMES):
+        components, _ = ndimage.label(solid & (color == index), structure=_IN_PLANE)
+        places = [
+            (number, image.start, rows, columns)
+            for number, (image, rows, columns) in enumerate(ndimage.find_objects(components), start=1)
+            if all(MIN_SIDE <= side.stop - side.start <= MAX_SIDE for side in (rows, columns))
+        ]
+        covered = np.zeros((len(places), WINDOW, WINDOW))
+        own = np.zeros(covered.shape, bool)
+        sizes = np.empty(len(places), int)
+        for i, (number, image, rows, columns) in enumerate(places):
             top, left = max(rows.start - 1, 0), max(columns.start - 1, 0)  # one pixel of margin for the soft edge
-            window = (slice(top, top + MAX_SIDE + 2), slice(left, left + MAX_SIDE + 2))
-            nearby = ndimage.binary_dilation(components[window] == number)
-            shape, overlap = _best_shape(projection[window][..., index].clip(0, 1) * nearby)
+            window = (image, slice(top, top + WINDOW), slice(left, left + WINDOW))
+            height, width = components[window].shape
+            own[i, :height, :width] = components[window] == number
+            covered[i, :height, :width] = projection[window][..., index]
+            sizes[i] = max(height, width)
+        nearby = ndimage.binary_dilation(own, structure=_IN_PLANE)
+        shapes, overlaps = _best_shapes(covered.clip(0, 1) * nearby, sizes)
+        for (_, image, rows, columns), shape, overlap in zip(places, shapes, overlaps, strict=True):
             if overlap >= MIN_OVERLAP:
                 box = (columns.start, rows.start, columns.stop, rows.stop)
-                detections.append(Detection(cls=shape, color=_NAMES[index], box=box))
+                detections[image].append(Detection(cls=shape, color=name, box=box))
     return detections
 
 
-def _best_shape(covered: NDArray[np.float64]) -> tuple[str, float]:
-    """The shape whose template of equal area and centroid overlaps most with coverage [h, w], and that overlap."""
-    area = covered.sum()
-    y, x = ((np.arange(n) + 0.5) @ covered.sum(1 - axis) / area for axis, n in enumerate(covered.shape))
-    size = max(covered.shape)
-    padded = np.zeros((size, size))
-    padded[: covered.shape[0], : covered.shape[1]] = covered
-    overlaps = {}
+def _best_shapes(covered: NDArray[np.float64], sizes: NDArray[np.int_]) -> tuple[list[str], NDArray[np.float64]]:
+    """The shapes whose templates of equal area and centroid overlap most with coverage [n, w, w], and the overlaps.
+
+    A template ends where the window does: after `sizes` [n] pixels.
+    """
+    area = covered.sum((1, 2))
+    pixels = np.arange(WINDOW) + 0.5
+    y, x = ((covered.sum(axis) @ pixels) / area for axis in (2, 1))
+    inside = pixels < sizes[:, None]  # [n, w]
+    overlaps = []
     for shape, (area_per_square, centroid) in _GEOMETRY.items():
         radius = (area / area_per_square) ** 0.5
-        template = coverage(shape, x, y - centroid * radius, radius, size)
-        overlaps[shape] = float(np.minimum(padded, template).sum() / np.maximum(padded, template).sum())
-    best = max(overlaps, key=overlaps.__getitem__)
-    return best, overlaps[best]
+        template = coverage(shape, x, y - centroid * radius, radius, WINDOW) * inside[:, None] * inside[:, :, None]
+        overlaps.append(np.minimum(covered, template).sum((1, 2)) / np.maximum(covered, template).sum((1, 2)))
+    best = np.argmax(overlaps, 0)
+    return [list(_GEOMETRY)[i] for i in best], np.max(overlaps, 0)

@@ -29,6 +29,7 @@ _RADIUS = (3.4, 4.4)  # pixels
 _JITTER = 0.8  # pixels
 _GAP = 1.5  # pixels of ground between two objects, so that equal colours stay apart
 _SUPERSAMPLE = 3
+Position = float | NDArray[np.float64]
 SQUARE_SIDE = 0.85  # half a side in radii: with 1, squares would look far larger than circles
 
 
@@ -159,17 +160,22 @@ def _placed(prompt: Prompt, objects: list[SceneObject]) -> bool:
     return True
 
 
-def coverage(shape: str, x: float, y: float, radius: float, size: int = IMAGE_SIZE) -> NDArray[np.float64]:
-    """How much of each pixel of a `size` x `size` raster a shape covers, in [0, 1]: for drawing and for detecting."""
+def coverage(shape: str, x: Position, y: Position, radius: Position, size: int = IMAGE_SIZE) -> NDArray[np.float64]:
+    """How much of each pixel of a `size` x `size` raster a shape covers, in [0, 1]: for drawing and for detecting.
+
+    Of several shapes of one kind at positions [n], [n, size, size].
+    """
     points = (np.arange(size * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE
-    u, v = (points - x)[None, :] / radius, (points - y)[:, None] / radius  # v downwards
+    across, down = ((points - np.asarray(c)[..., None]) / np.asarray(radius)[..., None] for c in (x, y))
+    u, v = across[..., None, :], down[..., :, None]  # v downwards
     if shape == "circle":
         inside = u**2 + v**2 <= 1
     elif shape == "square":
         inside = np.maximum(abs(u), abs(v)) <= SQUARE_SIDE
     else:  # triangle, apex up
         inside = (abs(u) <= (v + 1) / 2) & (v <= 1)
-    covered: NDArray[np.float64] = inside.reshape(size, _SUPERSAMPLE, size, _SUPERSAMPLE).mean((1, 3))
+    fine = inside.reshape(*inside.shape[:-2], size, _SUPERSAMPLE, size, _SUPERSAMPLE)
+    covered: NDArray[np.float64] = np.einsum("...aibj->...ab", fine.view(np.uint8)) / _SUPERSAMPLE**2
     return covered
 
 

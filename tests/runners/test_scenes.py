@@ -56,7 +56,7 @@ def test_clean_renders_are_accurate_in_every_family(scenes: list) -> None:
 
 def test_exactly_the_drawn_objects_are_found(scenes: list) -> None:
     for prompt, objects, image in scenes:
-        found = detect(image)
+        (found,) = detect(image[None])
         kinds = collections.Counter((o.shape, o.color) for o in objects)
         assert collections.Counter((d.cls, d.color) for d in found) == kinds, prompt.text
         for o in objects:
@@ -74,13 +74,19 @@ def test_a_render_is_wrong_for_another_prompt(scenes: list) -> None:
     assert (output.score >= 0).all()
 
 
+def test_images_are_judged_alike_one_by_one_and_together(scenes: list) -> None:
+    noise = np.random.default_rng(0).normal(0, 30, (len(scenes), *BLANK.shape))
+    images = (np.stack([image for *_, image in scenes]) + noise).clip(0, 255).astype(np.uint8)
+    assert detect(images) == [detect(image[None])[0] for image in images]
+
+
 def test_junk_is_no_object() -> None:
     generator = np.random.default_rng(0)
     for _ in range(20):
-        assert detect(generator.integers(0, 256, BLANK.shape, dtype=np.uint8)) == []
-    assert detect(BLANK) == []
-    assert detect(np.full(BLANK.shape, 255, np.uint8)) == []
-    assert detect(np.full(BLANK.shape, COLORS["red"], np.uint8)) == []
+        assert detect(generator.integers(0, 256, BLANK.shape, dtype=np.uint8)[None]) == [[]]
+    assert detect(BLANK[None]) == [[]]
+    assert detect(np.full(BLANK.shape, 255, np.uint8)[None]) == [[]]
+    assert detect(np.full(BLANK.shape, COLORS["red"], np.uint8)[None]) == [[]]
 
 
 @pytest.mark.parametrize("box", [(2, 30, 10, 16), (12, 15, 4, 28), (4, 26, 4, 26), (10, 12, 10, 12), (5, 8, 5, 17)])
@@ -88,18 +94,18 @@ def test_bars_and_dots_are_no_object(box: tuple[int, int, int, int]) -> None:
     top, bottom, left, right = box
     image = BLANK.copy()
     image[top:bottom, left:right] = COLORS["green"]
-    assert detect(image) == []
+    assert detect(image[None]) == [[]]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("color", COLORS)
 def test_objects_are_found_faint_and_at_the_border(shape: str, color: str) -> None:
     for x, y in ((16, 16), (4.5, 27.4), (27.3, 5.2)):
-        (found,) = detect(render([SceneObject(shape=shape, color=color, x=x, y=y, radius=4)]))
+        ((found,),) = detect(render([SceneObject(shape=shape, color=color, x=x, y=y, radius=4)])[None])
         assert (found.cls, found.color) == (shape, color)
     noisy = render([SceneObject(shape=shape, color=color, x=16, y=16, radius=4)]).astype(float)
     noisy += np.random.default_rng(0).normal(0, 8, noisy.shape)
-    (found,) = detect(noisy.clip(0, 255).astype(np.uint8))
+    ((found,),) = detect(noisy.clip(0, 255).astype(np.uint8)[None])
     assert (found.cls, found.color) == (shape, color)
 
 
