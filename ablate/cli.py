@@ -138,17 +138,21 @@ def run(
 @app.command()
 def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under results/")]) -> None:
     """Train the one cell whose folder this is, to its end; used by `run`, or by hand."""
+    from contextlib import nullcontext
+
     from ablate.lock import lock
     from ablate.record import read_cell, read_record
+    from runners.distributed import is_main
 
     read_cell(folder)
-    with lock(folder):
+    with lock(folder) if is_main() else nullcontext():
         done = read_record(folder)
         if done is None or not done.status.final:
             from runners.train import train_cell
 
             done = train_cell(folder)
-    typer.echo(f"{done.id} {done.status} {done.message}".strip())
+    if is_main():
+        typer.echo(f"{done.id} {done.status} {done.message}".strip())
     raise SystemExit(0 if done.status.final else 1)
 
 
@@ -218,7 +222,7 @@ def bench(
 ) -> None:
     """Measure an epoch of a grid's first cell here: time by phase, FLOP/s, and what the network alone would take."""
     from runners.bench import bench as measure
-    from runners.policy import this_device
+    from runners.distributed import this_device
     from runners.random_weights import random_policy
 
     _, _, planned = _planned(grid, settings, only, None)

@@ -7,7 +7,8 @@ import time
 import torch
 
 from ablate.recipe import Recipe
-from runners.policy import SD3Policy, this_device
+from runners.distributed import this_device
+from runners.policy import SD3Policy
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ from ablate.plan import Cell
 from ablate.recipe import EvaluationRecipe
 from ablate.record import read_cell, write_atomic
 from ablate.source import InputError
+from runners.distributed import this_device
 from runners.evaluation import NUM_PICTURED, contact_sheet, generate, means
 from runners.export import WEIGHTS, load
-from runners.policy import SD3Policy, this_device
+from runners.policy import SD3Policy
 from runners.prompts import load_prompts
 from runners.rewards import load_reward
 
@@ -61,7 +62,7 @@ def _evaluate(
     sigmas = diffusers_sigmas(recipe.num_steps, policy.shift)
     for scale in guidance_scales:
         chosen: EvaluationRecipe = recipe if scale is None else recipe.model_copy(update={"guidance_scale": scale})
-        images = generate(policy, [p.text for p in prompts], chosen, sigmas, cell.recipe.rollout.batch_size)
+        images = generate(policy, prompts, range(len(prompts)), chosen, sigmas, cell.recipe.rollout.batch_size)
         label = f"{name}-guidance-{chosen.guidance_scale:g}"
         contact_sheet(images[:NUM_PICTURED]).save(target / f"{label}.png")
         found: dict[str, Mapping[str, float]] = {}

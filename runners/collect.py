@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -34,7 +35,7 @@ class Samples:
         return self.rewards @ self.rewards.new_tensor(self.weights)
 
     def groups(self, wanted: Sequence[int], size: int) -> Samples:
-        """Some groups, numbered anew, each with the best and the worst half of `size` samples."""
+        """Some groups, each with the best and the worst half of `size` samples."""
         rows = torch.cat([_best_and_worst(self, group, size) for group in wanted])
         if len(rows) == len(self.group):
             return self
@@ -44,7 +45,7 @@ class Samples:
             rollout=select(self.rollout, rows.to(device)),
             conditioning=self.conditioning.rows(rows.to(device)),
             rewards=self.rewards[rows],
-            group=torch.arange(len(wanted)).repeat_interleave(size),
+            group=self.group[rows],
         )
 
 
@@ -55,14 +56,15 @@ def collect(run: Run) -> Samples:
     """
     recipe = run.recipe.rollout
     parts, metrics = [], []
-    missing = recipe.num_groups
+    groups = torch.cat(run.shares()).sort().values.tolist()
+    missing = len(groups)
     for number in range(1 + recipe.resample_rounds):
-        drawn = _round(run, number)
+        drawn = _round(run, groups, number)
         metrics.append(drawn.metrics)
         unequal = _unequal(drawn)[:missing]
         missing -= len(unequal)
         if missing == 0 or number == recipe.resample_rounds:  # groups of equal rewards fill up what is missing
-            equal = [group for group in range(recipe.num_groups) if group not in unequal]
+            equal = [group for group in groups if group not in unequal]
             parts.append(drawn.groups(sorted(unequal + equal[:missing]), recipe.group_size))
             break
         if unequal:
@@ -71,47 +73,46 @@ def collect(run: Run) -> Samples:
     return replace(samples, metrics={name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]})
 
 
-def _round(run: Run, number: int) -> Samples:
-    """One round of prompts, rolled out and scored."""
+def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
+    """These groups of one round of prompts, rolled out and scored."""
     recipe, epoch, seed = run.recipe.rollout, run.progress.epoch, run.cell.seed
     size = recipe.candidates or recipe.group_size
     drawn = run.prompts.train(recipe.num_groups, np.random.default_rng(derive_seed(seed, "prompts", epoch, number)))
-    prompts = [prompt for prompt in drawn for _ in range(size)]
+    prompts = [drawn[group] for group in groups for _ in range(size)]
     conditioning = run.policy.encode([p.text for p in prompts])
     with run.booked("rollout"):
-        rollout = roll_out(run, conditioning, number)
+        rollout = roll_out(run, conditioning, [group * size + i for group in groups for i in range(size)], number)
         images = run.policy.decode(rollout.x0)
     with run.booked("reward"):
         scores = run.reward(images, prompts)
-    if not np.isfinite(scores.score).all():
+        metrics = run.world.mean(means("rollout", scores))
+    if not math.isfinite(metrics["rollout/score"]):
         raise Diverged("reward is no longer finite")
     samples = Samples(
         rollout=rollout,
         conditioning=conditioning,
         rewards=torch.from_numpy(scores.score[:, None] if scores.terms is None else scores.terms),
         weights=scores.weights,
-        group=torch.arange(recipe.num_groups).repeat_interleave(size),
-        metrics=means("rollout", scores),
+        group=torch.tensor(groups).repeat_interleave(size),
+        metrics=metrics,
     )
-    share = len(_unequal(samples)) / recipe.num_groups
-    return replace(samples, metrics={**samples.metrics, "rollout/informative_groups": share})
+    informative = run.world.mean({"rollout/informative_groups": len(_unequal(samples)) / len(groups)})
+    return replace(samples, metrics=metrics | informative)
 
 
 @torch.no_grad()
-def roll_out(run: Run, conditioning: Conditioning, number: int = 0) -> Rollout:
-    """Images under the old policy, batch by batch, the same for every batch size."""
+def roll_out(run: Run, conditioning: Conditioning, samples: Sequence[int], number: int = 0) -> Rollout:
+    """These samples of a round under the old policy, batch by batch, the same for every batch size."""
 
     def in_batches(size: int) -> Rollout:
-        parts = batches(len(conditioning.tokens), size)
-        return concatenate(
-            [_batch(run, conditioning.rows(rows), number, range(rows.start, rows.stop)) for rows in parts]
-        )
+        parts = batches(len(samples), size)
+        return concatenate([_batch(run, conditioning.rows(rows), number, samples[rows]) for rows in parts])
 
     with run.policy.using("old"):
         return run.in_memory("rollout", run.recipe.rollout.batch_size, in_batches)
 
 
-def _batch(run: Run, conditioning: Conditioning, number: int, samples: range) -> Rollout:
+def _batch(run: Run, conditioning: Conditioning, number: int, samples: Sequence[int]) -> Rollout:
     """These samples of a round; the noise of each depends on its index alone."""
     recipe, policy = run.recipe.rollout, run.policy
     labels = (run.cell.seed, "rollout", run.progress.epoch, number)
@@ -150,8 +151,10 @@ def _recorded(field: Velocity, seen: list[Tensor]) -> Velocity:
 
 def _unequal(samples: Samples) -> list[int]:
     """The groups whose rewards differ."""
-    score = samples.score.view(int(samples.group[-1]) + 1, -1)
-    return (score.max(1).values > score.min(1).values).nonzero()[:, 0].tolist()
+    groups, sizes = torch.unique_consecutive(samples.group, return_counts=True)
+    score = samples.score.view(-1, int(sizes[0]))
+    unequal: list[int] = groups[score.max(1).values > score.min(1).values].tolist()
+    return unequal
 
 
 def _best_and_worst(samples: Samples, group: int, size: int) -> Tensor:
@@ -164,8 +167,8 @@ def _best_and_worst(samples: Samples, group: int, size: int) -> Tensor:
 
 
 def _joined(parts: list[Samples]) -> Samples:
-    """The groups of several rounds."""
-    size = int((parts[0].group == 0).sum())
+    """The groups of several rounds, numbered anew."""
+    size = int((parts[0].group == parts[0].group[0]).sum())
     rewards = torch.cat([p.rewards for p in parts])
     return replace(
         parts[0],

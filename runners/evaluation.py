@@ -19,41 +19,58 @@ from ablate.seeding import streams
 from runners.policy import SD3Policy
 from runners.prompts import Prompt
 from runners.rewards import RewardOutput
+from runners.rewards.protocol import joined
 from runners.run import Run
 
 NUM_PICTURED = 24  # images that are kept, in rows of six, with what the reward said of them
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Score the fixed prompts with the average weights, and keep the first images as a picture."""
-    recipe, policy = run.recipe.evaluation, run.policy
+    """Score the fixed prompts with the average weights, and keep the first images as a picture.
+
+    Each process takes a block of the prompts.
+    """
+    recipe, policy, world = run.recipe.evaluation, run.policy, run.world
     prompts = run.prompts.fixed(recipe.split, recipe.num_prompts)
+    own = np.array_split(np.arange(len(prompts)), world.size)[world.rank].tolist()
     with run.booked("eval"):
         with policy.using("average" if recipe.ema_decay and run.progress.update else "current"):
             sigmas = diffusers_sigmas(recipe.num_steps, policy.shift)
-            images = generate(policy, [p.text for p in prompts], recipe, sigmas, run.recipe.rollout.batch_size)
-        scores = run.reward(images, prompts)
-    (run.folder / "samples").mkdir(exist_ok=True)
-    picture = "after" if run.progress.epoch else "before"
-    contact_sheet(images[:NUM_PICTURED]).save(run.folder / "samples" / f"{picture}.png")
-    pictured = zip(prompts[:NUM_PICTURED], scores.score, scores.reasons, strict=False)
-    lines = [json.dumps({"prompt": p.text, "score": float(score), "reason": why}) + "\n" for p, score, why in pictured]
-    write_atomic(run.folder / "samples" / f"{picture}.jsonl", "".join(lines))
+            images = generate(policy, prompts, own, recipe, sigmas, run.recipe.rollout.batch_size)
+        scores = joined(world.everyone(run.reward(images, [prompts[i] for i in own])))
     found = means("eval", scores, prompts)
     target = run.recipe.budget.target
     run.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target
+    pictures = np.concatenate(world.everyone(images[: np.searchsorted(own, NUM_PICTURED)]))
+    if world.main:
+        keep_pictures(run, pictures, prompts, scores)
     return found
+
+
+def keep_pictures(run: Run, images: NDArray[np.uint8], prompts: Sequence[Prompt], scores: RewardOutput) -> None:
+    """Images [b, h, w, 3] of the first prompts, with what the reward said of them."""
+    (run.folder / "samples").mkdir(exist_ok=True)
+    picture = "after" if run.progress.epoch else "before"
+    contact_sheet(images).save(run.folder / "samples" / f"{picture}.png")
+    pictured = zip(prompts[: len(images)], scores.score, scores.reasons, strict=False)
+    lines = [json.dumps({"prompt": p.text, "score": float(score), "reason": why}) + "\n" for p, score, why in pictured]
+    write_atomic(run.folder / "samples" / f"{picture}.jsonl", "".join(lines))
 
 
 @torch.no_grad()
 def generate(
-    policy: SD3Policy, texts: Sequence[str], recipe: EvaluationRecipe, sigmas: Tensor, batch_size: int
+    policy: SD3Policy,
+    prompts: Sequence[Prompt],
+    wanted: Sequence[int],
+    recipe: EvaluationRecipe,
+    sigmas: Tensor,
+    batch_size: int,
 ) -> NDArray[np.uint8]:
-    """One image [h, w, 3] per text by Euler steps; text i of a split always starts from the same noise."""
-    conditioning = policy.encode(texts)
+    """Images [b, h, w, 3] of the `wanted` prompts by Euler steps; prompt i of a split always starts from one noise."""
+    conditioning = policy.encode([prompts[i].text for i in wanted])
     images = []
-    for rows in batches(len(texts), batch_size):
-        own = streams(recipe.seed, recipe.split, samples=range(rows.start, rows.stop))
+    for rows in batches(len(wanted), batch_size):
+        own = streams(recipe.seed, recipe.split, samples=wanted[rows])
         noise = own.normal(policy.latent_shape, torch.empty((), device=policy.device))
         field = policy.field(conditioning.rows(rows), recipe.guidance_scale)
         images.append(policy.decode(ODE().sample(field, noise, sigmas=sigmas, epoch=0, streams=own).x0))

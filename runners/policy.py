@@ -40,11 +40,6 @@ DECODED_IMAGES, DECODED_PIXELS = 32, 2**21  # at once: fastest for small images,
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def this_device() -> torch.device:
-    """The GPU of this process, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class SD3Policy:
     """Stable Diffusion 3 and 3.5, LoRA or all weights of the transformer."""
 

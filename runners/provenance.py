@@ -22,8 +22,8 @@ def note_attempt(folder: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-def provenance() -> Provenance:
-    """Versions, commit and device of this process."""
+def provenance(num_devices: int = 1) -> Provenance:
+    """Versions, commit and device of this process, and how many devices its cell has."""
     cuda = torch.cuda.is_available()
     return Provenance(
         versions={name: version(name) for name in ("ablate", "torch", "diffusers", "transformers", "peft", "numpy")},
@@ -31,7 +31,7 @@ def provenance() -> Provenance:
         python=platform.python_version(),
         platform=platform.platform(),
         device=f"cuda: {torch.cuda.get_device_name()}" if cuda else f"cpu: {platform.machine()}",
-        num_devices=1,
+        num_devices=num_devices,
         num_threads=torch.get_num_threads(),
     )
 

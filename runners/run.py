@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ablate.components import build
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
 from ablate.recipe import Recipe
 from ablate.record import Ledger, read_metrics
-from ablate.seeding import derive_seed
+from ablate.seeding import derive_seed, generator
+from ablate.source import InputError
 from runners import checkpoint
 from runners.checkpoint import Progress
+from runners.distributed import World, join
 from runners.memory import in_memory
-from runners.policy import SD3Policy, this_device
+from runners.policy import SD3Policy
 from runners.prompts import PromptSource, load_prompts
 from runners.rewards import Reward, load_reward
 
@@ -38,6 +41,7 @@ class Run:
 
     folder: Path
     cell: Cell
+    world: World
     policy: SD3Policy
     prompts: PromptSource
     reward: Reward
@@ -62,6 +66,14 @@ class Run:
         result, self.batch_sizes[phase] = in_memory(self.batch_sizes.get(phase, size), attempt)
         return result
 
+    def shares(self) -> list[Tensor]:
+        """The groups of each update of this epoch, ascending: those that this process trains on."""
+        order = torch.randperm(
+            self.recipe.rollout.num_groups, generator=generator(self.cell.seed, "order", self.progress.epoch)
+        )
+        updates = order.chunk(self.recipe.update.updates_per_epoch)
+        return [groups.sort().values[self.world.rank :: self.world.size] for groups in updates]
+
     @contextmanager
     def booked(self, phase: str) -> Iterator[None]:
         """Add the seconds of a block to a phase of the cost ledger."""
@@ -77,8 +89,15 @@ class Run:
             torch.cuda.synchronize()
 
     def spend(self, **amounts: float) -> None:
-        cost = self.progress.cost
-        self.progress.cost = cost.model_copy(update={k: getattr(cost, k) + v for k, v in amounts.items()})
+        """Book seconds and network calls of this process; the others have spent as much."""
+        cost, devices = self.progress.cost, self.world.size
+        self.progress.cost = cost.model_copy(update={k: getattr(cost, k) + devices * v for k, v in amounts.items()})
+
+    def agreed(self, stop: bool) -> bool:
+        """Whether any process asks to stop; all take over the first one's ledger, so that all find it spent at once."""
+        asked = self.world.everyone((stop, self.progress.cost))
+        self.progress.cost = asked[0][1]
+        return any(stop for stop, _ in asked)
 
     @property
     def spent(self) -> bool:
@@ -91,6 +110,8 @@ class Run:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and remember where it ends."""
+        if not self.world.main:
+            return
         progress, cost = self.progress, self.progress.cost
         line = {
             "epoch": progress.epoch,
@@ -105,11 +126,11 @@ class Run:
             progress.metrics_bytes = file.tell()
 
 
-def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None) -> Run:
+def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: World | None = None) -> Run:
     """Load the model (or take `policy`), prompts and reward of a cell; continue from its checkpoint if there is one."""
+    world = world or join()
     torch.manual_seed(derive_seed(cell.seed, "initialisation"))
-    device = this_device()
-    policy = policy or SD3Policy(cell.recipe.model, device)
+    policy = policy or SD3Policy(cell.recipe.model, world.device)
     update = cell.recipe.update
     optimizer = torch.optim.AdamW(
         policy.trainable,
@@ -118,12 +139,17 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None) -> Run:
         eps=update.epsilon,
         weight_decay=update.weight_decay,
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=cell.recipe.model.dtype == "float16")
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cell.recipe.model.dtype == "float16")
     progress = checkpoint.restore(folder, policy, optimizer, scaler) or Progress()
-    _drop_lines_after(folder, progress)
+    if len(set(world.everyone(progress.update))) > 1:
+        raise InputError(f"{folder}: the processes of this cell see different checkpoints; is it on a shared disk?")
+    world.share([tensor for tensors in policy.state().values() for tensor in tensors])
+    if world.main:
+        _drop_lines_after(folder, progress)
     return Run(
         folder=folder,
         cell=cell,
+        world=world,
         policy=policy,
         prompts=load_prompts(cell.recipe.prompts),
         reward=load_reward(cell.recipe.reward),

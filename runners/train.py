@@ -1,7 +1,7 @@
 """One cell, top to bottom: roll out, score, estimate, update. The file to read first; then collect.py and update.py.
 
 `train_cell(folder)` needs nothing but the folder's cell.json, resumes from its checkpoint, and ends by writing
-record.json, whatever happens.
+record.json, whatever happens. Several processes may share a cell (distributed.py); the first of them writes its files.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ablate.advantages import advantages
-from ablate.plan import Cell
-from ablate.record import Record, Status, read_json, read_metrics, write_atomic
+from ablate.geometry import check_devices
+from ablate.record import Record, Status, read_cell, read_metrics, write_atomic
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.collect import collect
+from runners.distributed import join, leave
 from runners.evaluation import evaluate
 from runners.export import export
 from runners.provenance import note_attempt, provenance
@@ -27,25 +28,33 @@ from runners.update import update
 
 
 def train_cell(folder: Path) -> Record:
-    """Train the cell of a folder to its end and write its record. Bad states are records, not exceptions."""
-    cell = Cell.model_validate(read_json(folder / "cell.json"))
-    attempts = note_attempt(folder)
-    (folder / "traceback.txt").unlink(missing_ok=True)
+    """Train the cell of a folder to its end and write its record. Bad states are records, not exceptions.
+
+    Raises InputError, with nothing done, where the processes that there are cannot share the cell's groups.
+    """
+    cell, world = read_cell(folder), join()
+    check_devices(cell.recipe, world.size)
+    attempts = note_attempt(folder) if world.main else 1
+    if world.main:
+        (folder / "traceback.txt").unlink(missing_ok=True)
+    world.everyone(None)  # so that nobody fails before
     progress, status, message = Progress(), Status.FAILED, ""
+    writes = world.main
     try:
         with _interruption() as interrupted:
-            run = set_up(folder, cell)
+            run = set_up(folder, cell, world=world)
             progress = run.progress
             status = Status.DONE if _train(run, interrupted) else Status.INTERRUPTED
-            if status.final and cell.recipe.export_weights:
+            if status.final and cell.recipe.export_weights and world.main:
                 export(folder, cell, run.policy)
+        leave()
     except Diverged as divergence:
         status, message = Status.DIVERGED, str(divergence)
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
-        (folder / "traceback.txt").write_text(traceback.format_exc())
+        writes = _first_to_fail(folder)
     evaluated = [line for line in read_metrics(folder) if "eval/score" in line]
     last = evaluated[-1] if evaluated else {}
     record = Record(
@@ -57,12 +66,23 @@ def train_cell(folder: Path) -> Record:
         epochs=progress.epoch,
         cost=progress.cost,
         metrics={k: v for k, v in last.items() if k.startswith("eval/")},
-        provenance=provenance(),
+        provenance=provenance(world.size),
     )
-    write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
-    if status.final:
-        checkpoint.discard(folder)
+    if writes:
+        write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
+        if status.final:
+            checkpoint.discard(folder)
     return record
+
+
+def _first_to_fail(folder: Path) -> bool:
+    """Write the traceback, unless another process has: where one fails, the others fail for want of it."""
+    try:
+        with (folder / "traceback.txt").open("x") as file:
+            file.write(traceback.format_exc())
+    except FileExistsError:
+        return False
+    return True
 
 
 def _train(run: Run, interrupted: list[int]) -> bool:
@@ -73,21 +93,24 @@ def _train(run: Run, interrupted: list[int]) -> bool:
     while not run.spent:
         metrics = train_epoch(run)
         progress.epoch += 1
+        stop = run.agreed(bool(interrupted))
         if progress.epoch % recipe.evaluation.every == 0 or run.spent:
             metrics |= evaluate(run)
         run.log(metrics)
-        if interrupted or progress.epoch % recipe.checkpoint_every == 0:
+        if stop or progress.epoch % recipe.checkpoint_every == 0:
             with run.booked("checkpoint"):
-                checkpoint.save(run.folder, progress, run.policy, run.optimizer, run.scaler)
-        if interrupted and not run.spent:
+                if run.world.main:
+                    checkpoint.save(run.folder, progress, run.policy, run.optimizer, run.scaler)
+        if stop and not run.spent:
             return False
     return True
 
 
 def train_epoch(run: Run) -> dict[str, float]:
     """Roll out from the old policy, score, and update on the images' likelihoods under the shared probe."""
-    samples = collect(run)
-    advantage = advantages(samples.rewards, samples.group, run.recipe.advantage, samples.weights)
+    samples, world = collect(run), run.world
+    rewards, group = world.rows(samples.rewards), world.rows(samples.group)
+    advantage = advantages(rewards, group, run.recipe.advantage, samples.weights)[world.own(len(samples.group))]
     with run.booked("update"):
         trained = update(run, samples, advantage.float())
     return {**samples.metrics, **{f"train/{name}": value for name, value in trained.items()}}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ablate.rollout import Probe, take
-from ablate.seeding import generator, streams
+from ablate.seeding import streams
 from runners.collect import Samples
 from runners.run import Diverged, Run
 from runners.surrogate import Batch, accumulate_gradient
@@ -24,19 +24,19 @@ def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
     recipe, progress, seed = run.recipe, run.progress, run.cell.seed
     size, group = recipe.rollout.group_size, samples.group
     shared = recipe.update.group_probe == "shared" or run.objective.level == "group"
+    index = group * size + torch.arange(len(group)) % size  # among the samples of all processes
     own = streams(
         seed,
         "probe",
         progress.epoch,
-        samples=group.tolist() if shared else range(len(group)),
+        samples=(group if shared else index).tolist(),
         group_size=size if recipe.update.group_probe == "stratified" and not shared else None,
     )
     probe = run.estimator.probe(samples.rollout, num_points=recipe.update.num_points, streams=own)
-    order = torch.randperm(int(group.max()) + 1, generator=generator(seed, "order", progress.epoch))
     on_policy = recipe.old_policy.decay(progress.update) == 0  # before the first step
     metrics: list[dict[str, float]] = []
-    for share in order.chunk(recipe.update.updates_per_epoch):
-        rows = (share.sort().values[:, None] * size + torch.arange(size)).flatten()
+    for groups in run.shares():
+        rows = torch.isin(group, groups).nonzero()[:, 0]
         metrics.append(_step(run, samples, probe, advantage, rows, on_policy=on_policy))
         on_policy = False
     run.policy.blend("old", recipe.old_policy.decay(progress.update))
@@ -81,7 +81,9 @@ def _step(
             scale=run.scaler.scale,
         )
 
-    metrics = {name: float(v) for name, v in run.in_memory("update", recipe.update.micro_batch_size, gradient).items()}
+    measured = run.in_memory("update", recipe.update.micro_batch_size, gradient)
+    run.world.average_gradients(policy.trainable)
+    metrics = run.world.mean({name: float(value) for name, value in measured.items()})
     if on_policy:
         _check_on_policy(run, metrics)
     metrics |= _descend(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +24,18 @@ class RewardOutput:
     weights: tuple[float, ...] = (1.0,)
     parts: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+
+
+def joined(outputs: Sequence[RewardOutput]) -> RewardOutput:
+    """The scores of several batches as those of one."""
+    first = outputs[0]
+    return replace(
+        first,
+        score=np.concatenate([o.score for o in outputs]),
+        terms=None if first.terms is None else np.concatenate([o.terms for o in outputs if o.terms is not None]),
+        parts={name: np.concatenate([o.parts[name] for o in outputs]) for name in first.parts},
+        reasons=tuple(reason for o in outputs for reason in o.reasons),
+    )
 
 
 class Reward(Protocol):

@@ -64,7 +64,7 @@ def write_card(folder: Path, picture: Path | None = None) -> None:
     rows = []
     for scale in GUIDANCE_SCALES:
         recipe = EvaluationRecipe(guidance_scale=scale)
-        images = generate(policy, [p.text for p in prompts], recipe, sigmas, batch_size=120)
+        images = generate(policy, prompts, range(len(prompts)), recipe, sigmas, batch_size=120)
         found = means("eval", ScenesReward()(images, prompts), prompts)
         values = [found["eval/accuracy"], *(found[f"eval/accuracy/{tag}"] for tag in FAMILIES)]
         rows.append(f"| {scale:g} | " + " | ".join(f"{value:.2f}" for value in values) + " |")

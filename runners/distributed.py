@@ -1,0 +1,95 @@
+"""The processes of one cell, one device each, as torchrun, accelerate or `ablate run --processes` start them.
+
+Whole groups go to each process, so that losses and advantages need nothing from elsewhere but rewards. Gradients are
+accumulated alone and averaged once per update: unlike a hook in the backward, this allows every process to repeat an
+update that did not fit into its memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, distributed
+
+Value = TypeVar("Value")
+
+TIMEOUT = timedelta(hours=2)  # that processes wait for each other: one may be scoring images elsewhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the `size` processes of its cell. A single one talks to nobody."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the cell's files."""
+        return self.rank == 0
+
+    def everyone(self, value: Value) -> list[Value]:
+        """The value of every process, in order of ranks."""
+        gathered: list[Value] = [value] if self.size == 1 else gather_object([value])
+        return gathered
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """The rows [b, ...] of all processes one after the other; `own` says which are this process's."""
+        return torch.cat(self.everyone(rows))
+
+    def own(self, num_rows: int) -> slice:
+        """Where the `num_rows` rows of this process are among those of all."""
+        return slice(self.rank * num_rows, (self.rank + 1) * num_rows)
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The mean over processes, value by value."""
+        all_values = self.everyone(dict(values))
+        return {name: float(np.mean([of_one[name] for of_one in all_values])) for name in values}
+
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace every gradient by its mean over the processes."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for work in [distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            work.wait()
+        torch._foreach_div_(gradients, self.size)
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Take over the tensors of the first process, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
+
+
+def this_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_main() -> bool:
+    """Whether this process is the first, or the only one, of its cell."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join() -> World:
+    """Meet the other processes of this cell, if whoever started this one says that there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World(device=this_device())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+    return World(device=state.device, rank=state.process_index, size=state.num_processes)
+
+
+def leave() -> None:
+    """Part from the other processes once all work is done."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
