@@ -88,7 +88,11 @@ def run(
     settings: Settings = None,
     only: Only = None,
     seeds: Seeds = None,
-    workers: Annotated[int, typer.Option(min=1, help="Cells at a time; cores are shared between them")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time; cores and GPUs are shared between them")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes per cell, one GPU each; the result is the same")] = 1,
+    budget: Annotated[
+        float | None, typer.Option("--budget-device-hours", help="Stop once the whole grid has spent them")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop")] = False,
     results: Results = RESULTS,
     tracking_uri: Annotated[
@@ -97,6 +101,7 @@ def run(
     tracking: Annotated[bool, typer.Option(help="Mirror the results to MLflow")] = True,
 ) -> None:
     """Train every cell that is not finished; the same command continues after an interruption."""
+    from ablate.geometry import check_devices
     from runners.cell_state import state_of
     from runners.hub import check_model
     from runners.sweep import freeze, in_order, run_cells
@@ -109,6 +114,8 @@ def run(
         for cell in in_order(planned.cells):
             typer.echo(f"{state_of(folder, cell).status:12} {cell.id}")
         return
+    for cell in planned.cells:
+        check_devices(cell.recipe, processes)
     for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in planned.cells}.values():
         check_model(model)
     freeze(folder, whole, loaded.source.text)
@@ -119,7 +126,9 @@ def run(
     if mirror:
         mirror.start()
     try:
-        states = run_cells(folder, planned.cells, workers=workers, console=console)
+        states = run_cells(
+            folder, planned.cells, console=console, workers=workers, processes=processes, device_hours=budget
+        )
     except KeyboardInterrupt:
         console.print(f"Stopped. Nothing is lost; continue with: ablate run {shlex.join(sys.argv[2:])}", soft_wrap=True)
         raise SystemExit(130) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console, Group
 from rich.text import Text
 
@@ -25,6 +27,8 @@ from ablate.record import Record, Status, read_json, read_record, write_atomic
 from ablate.source import InputError
 from runners.cell_state import CellState, state_of
 from runners.live import live, live_table
+
+PATIENCE = 5  # seconds that the other processes of a cell get, once one has failed
 
 
 def freeze(results: Path, plan: Plan, grid_text: str) -> None:
@@ -44,26 +48,45 @@ def freeze(results: Path, plan: Plan, grid_text: str) -> None:
             write_atomic(path, cell.model_dump_json(indent=1) + "\n")
 
 
-def run_cells(results: Path, cells: Sequence[Cell], *, workers: int, console: Console) -> list[CellState]:
-    """Run the cells that are not finished, `workers` at a time, and show them live. Raises KeyboardInterrupt when
-    asked to stop, by SIGINT or SIGTERM, once every running cell has saved itself."""
+def run_cells(
+    results: Path,
+    cells: Sequence[Cell],
+    *,
+    console: Console,
+    workers: int = 1,
+    processes: int = 1,
+    device_hours: float | None = None,
+) -> list[CellState]:
+    """Run the cells that are not finished, `workers` at a time and `processes` each, and show them live.
+
+    Once all cells together have spent `device_hours`, none is started, and running ones are asked to stop. Raises
+    KeyboardInterrupt when asked to stop, by SIGINT or SIGTERM, once every running cell has saved itself.
+    """
     todo = [cell for cell in in_order(cells) if not _finished(results / cell.id)]
     running: dict[str, _Running] = {}
 
     def table() -> Group:
         return live_table(console, results, cells, {name: cell.start for name, cell in running.items()})
 
+    def spent() -> bool:
+        return device_hours is not None and sum(state_of(results, cell).device_hours for cell in cells) >= device_hours
+
     with live(console, table) as refresh:
         try:
             with _termination():
                 while todo or running:
+                    if spent():
+                        console.print(f"The grid has spent its {device_hours:g} device-hours; every cell saves itself.")
+                        _stop(running, console)
+                        break
                     while todo and len(running) < workers:
                         cell = todo.pop(0)
                         if is_locked(results / cell.id):
                             console.print(f"{cell.id}: left to the process that is running it")
                             continue
-                        running[cell.id] = _start(results / cell.id, cell, workers)
-                    for name in [name for name, cell in running.items() if cell.process.poll() is not None]:
+                        slot = min(set(range(workers)) - {other.slot for other in running.values()})
+                        running[cell.id] = _start(results / cell.id, cell, slot, workers, processes)
+                    for name in [name for name, cell in running.items() if _ended(cell)]:
                         _close(running.pop(name), console)
                     refresh()
                     time.sleep(0.5)
@@ -82,12 +105,18 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Running:
-    """A cell and its process."""
+    """A cell and its processes."""
 
     folder: Path
     cell: Cell
-    process: subprocess.Popen[bytes]
+    slot: int  # of as many as there are workers
+    processes: tuple[subprocess.Popen[bytes], ...]  # in order of ranks
     start: tuple[float, float]  # time.monotonic() and the share of the budget that was spent
+
+    @property
+    def code(self) -> int:
+        """Exit code of the first process that failed, or 0."""
+        return next((process.returncode for process in self.processes if process.returncode), 0)
 
 
 def _finished(folder: Path) -> bool:
@@ -95,26 +124,64 @@ def _finished(folder: Path) -> bool:
     return record is not None and record.status.final
 
 
-def _start(folder: Path, cell: Cell, workers: int) -> _Running:
+def _start(folder: Path, cell: Cell, slot: int, workers: int, processes: int) -> _Running:
     (folder / "record.json").unlink(missing_ok=True)
     fraction = state_of(folder.parent, cell).fraction
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // workers))
+    cores = len(os.sched_getaffinity(0)) // (workers * processes)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores))
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
     with (folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ablate.cli", "cell", str(folder)],
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **quiet},
-            start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on
+        started = tuple(
+            subprocess.Popen(
+                [sys.executable, "-m", "ablate.cli", "cell", str(folder)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **quiet, **own},
+                start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on
+            )
+            for own in process_environments(slot, workers, processes)
         )
-    return _Running(folder=folder, cell=cell, process=process, start=(time.monotonic(), fraction))
+    return _Running(folder=folder, cell=cell, slot=slot, processes=started, start=(time.monotonic(), fraction))
+
+
+def process_environments(slot: int, workers: int, processes: int) -> list[dict[str, str]]:
+    """What tells the processes of a cell, in order of ranks, of each other, and which GPUs are theirs.
+
+    The same variables as torchrun's, which cannot be used here: half a minute after it was asked to stop it kills, and
+    an epoch takes longer.
+    """
+    visible: dict[str, str] = {}
+    if workers > 1 and (num_devices := torch.cuda.device_count()):
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = given.split(",") if given else [str(i) for i in range(num_devices)]
+        own = [devices[(slot * processes + rank) % len(devices)] for rank in range(processes)]
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+    if processes == 1:
+        return [visible]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **visible}
+    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [{**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _ended(cell: _Running) -> bool:
+    """Whether all processes of a cell have ended. Where one fails, the others wait for it in vain, and end too."""
+    codes = [process.poll() for process in cell.processes]
+    if any(codes) and None in codes:
+        time.sleep(PATIENCE)
+        for process in cell.processes:
+            process.kill()
+            process.wait()
+        return True
+    return None not in codes
 
 
 def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
     """Make sure an ended cell has a record, and say so at once if it failed."""
-    folder, code = ended.folder, ended.process.returncode
+    folder, code = ended.folder, ended.code
     record = read_record(folder)
     if record is None and is_locked(folder):  # another `ablate run` was faster
         return
@@ -135,7 +202,7 @@ def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
 
 
 def _stop(running: dict[str, _Running], console: Console) -> None:
-    processes = [cell.process for cell in running.values()]
+    processes = [process for cell in running.values() for process in cell.processes]
     for process in processes:
         process.terminate()  # not SIGINT: a sweep started in the background hands on that it is ignored
     try:

@@ -442,3 +442,46 @@ def test_the_time_left_counts_from_this_start_alone(monkeypatch: pytest.MonkeyPa
     state = CellState(cell=FIRST, status="running", fraction=0.6)
     assert live._left(state, (100.0, 0.5)) == "0:40"
     assert live._left(state, (100.0, 0.6)) == ""
+
+
+def test_the_processes_of_a_cell_know_each_other_and_their_devices(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "$RANK $LOCAL_RANK $WORLD_SIZE $OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES"
+    script(folder / "fake", f'echo "{words}" > "$4/rank-$RANK"; echo $MASTER_PORT > "$4/port-$RANK"', monkeypatch)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 4)
+    run_cells(folder, [FIRST, SECOND], workers=2, processes=2, console=console())
+    for cell, devices in ((FIRST, "0,1"), (SECOND, "2,3")):
+        told = [(folder / cell.id / f"rank-{rank}").read_text().strip() for rank in (0, 1)]
+        assert told == [f"0 0 2 2 {devices}", f"1 1 2 2 {devices}"]
+        assert len({(folder / cell.id / f"port-{rank}").read_text() for rank in (0, 1)}) == 1
+
+
+def test_where_one_process_fails_the_others_end_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(folder / "fake", 'if [ "$RANK" = 1 ]; then echo no luck; exit 3; fi; exec sleep 600', monkeypatch)
+    monkeypatch.setattr(sweep, "PATIENCE", 0.1)
+    (state,) = run_cells(folder, [FIRST], processes=2, console=console())
+    assert state.status == "failed"
+
+
+def test_a_spent_grid_starts_nothing_more(half_done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(half_done / "fake", 'touch "$4/started"', monkeypatch)
+    run_cells(half_done, [FIRST, SECOND], device_hours=0.5, console=console())
+    assert not list(half_done.glob("*/started"))
+    run_cells(half_done, [FIRST, SECOND], device_hours=0.6, console=console())
+    assert len(list(half_done.glob("*/started"))) == 2
+
+
+def test_two_processes_through_the_front_door(tmp_path: Path, ablate: Command) -> None:
+    words = [*OPTIONS[:-2], "--set", "rollout.num_groups=4", "--set", "update.updates_per_epoch=2"]
+    words += ["--set", "budget.epochs=1", "--results", str(tmp_path), "--no-tracking"]
+    words[words.index(f"id={FIRST.id}")] = "objective=epg"
+    code, _, error = ablate("run", *words, "--processes", "3")
+    assert code == 2
+    assert "which 3 devices cannot share evenly: take 2 devices" in error
+    code, _, error = ablate("run", *words, "--only", "estimator=trajectory", "--seeds", "0", "--processes", "2")
+    assert code == 0, error
+    (path,) = tmp_path.glob("*/*/record.json")
+    assert json.loads(path.read_text())["provenance"]["num_devices"] == 2
