@@ -44,6 +44,10 @@ class ModelRecipe(Strict):
     """Adapts the second attention of SD 3.5 Medium's first blocks too."""
     tf32: bool = False
     """TensorFloat-32 in float32 matrix products, where the device has it."""
+    compile: bool = False
+    """torch.compile of the transformer's blocks: minutes at the start, booked apart, for faster network calls."""
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+    """Which of torch's kernels computes attention; one that the device does not have is an error. auto: the fastest."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward: less memory, a third more time."""
     vae_tiling: bool = False

@@ -7,7 +7,7 @@ LoRA's, or all of the transformer's), exchanged in place, so that one network se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +18,13 @@ from diffusers.utils import logging
 from numpy.typing import NDArray
 from peft import LoraConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import logging as transformers_logging
 
 from ablate.flow import Velocity
 from ablate.recipe import ModelRecipe
 from ablate.source import InputError
+from runners.compiling import compile_blocks
 from runners.embeddings import Conditioning, Embeddings, cache_folder
 from runners.identity import model_path
 
@@ -37,6 +39,12 @@ LORA_TARGETS = [
 
 SECOND_ATTENTION = [f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]  # of the dual-attention blocks
 DECODED_IMAGES, DECODED_PIXELS = 32, 2**21  # at once: fastest for small images, two gigabytes for large ones
+ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -72,6 +80,8 @@ class SD3Policy:
             network.add_adapter(config)
         if recipe.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        if recipe.compile:
+            compile_blocks(network)
         self.trainable = [p for p in network.parameters() if p.requires_grad]
         for p in self.trainable:
             p.data = p.data.float()
@@ -120,9 +130,13 @@ class SD3Policy:
         """The velocity as a function of (x, sigma) alone, for samplers."""
         return lambda x, sigma: self.velocity(x, sigma, conditioning, guidance_scale)
 
+    def _attention(self) -> AbstractContextManager[None]:
+        backend = ATTENTION.get(self.recipe.attention)
+        return nullcontext() if backend is None else sdpa_kernel(backend)
+
     def _call(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = getattr(torch, self.recipe.dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32), self._attention():
             output: Tensor = self.network(
                 hidden_states=x.to(dtype),
                 timestep=1000 * sigma.to(x.device, torch.float32),

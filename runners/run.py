@@ -22,6 +22,7 @@ from ablate.seeding import derive_seed, generator
 from ablate.source import InputError
 from runners import checkpoint
 from runners.checkpoint import Progress
+from runners.compiling import compile_seconds
 from runners.distributed import World, join
 from runners.memory import in_memory
 from runners.policy import SD3Policy
@@ -76,12 +77,13 @@ class Run:
 
     @contextmanager
     def booked(self, phase: str) -> Iterator[None]:
-        """Add the seconds of a block to a phase of the cost ledger."""
+        """Add the seconds of a block to a phase of the cost ledger, and what of it was compiling to `compile`."""
         self.wait()
-        start = time.perf_counter()
+        start, compiled = time.perf_counter(), compile_seconds()
         yield
         self.wait()
-        self.spend(**{phase: time.perf_counter() - start})
+        compiling = compile_seconds() - compiled
+        self.spend(**{phase: time.perf_counter() - start - compiling, "compile": compiling})
 
     def wait(self) -> None:
         """Until the device has done what it was asked to do, so that a clock tells the truth."""
