@@ -14,16 +14,19 @@ from typing import Literal
 import torch
 
 from ablate.components import build
+from ablate.geometry import possible_devices
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
 from ablate.source import InputError
 from runners.hub import check_model
+from runners.memory_estimate import estimate, read_architecture
 from runners.prompts import load_prompts
 from runners.rewards import load_reward
 from runners.run import Run, set_up
 from runners.train import train_epoch
 
 LATENT_MULTIPLE = 16  # pixels of one patch of latents: the autoencoder's 8, times a patch of 2
+FREE = 0.92  # of a device's memory; the rest is its context, and holes between tensors
 COPIES = 3 + 2  # of the trained weights in a checkpoint: current, old, average, and Adam's two moments
 
 
@@ -43,6 +46,9 @@ def examine(cells: Sequence[Cell], results: Path, *, dry_run: bool = True) -> It
     recipes = {cell.recipe.model_dump_json(): cell for cell in cells}.values()
     found = [finding for cell in recipes for finding in (*_model(cell), *_prompts(cell))]
     found += [finding for cell in cells for finding in _geometry(cell)]
+    if not any(finding.level == "problem" for finding in found):
+        sizes = {str([cell.recipe.model, cell.recipe.rollout, cell.recipe.update]): cell for cell in cells}
+        found += [_memory(cell) for cell in sizes.values()]
     yield from dict.fromkeys(found)
     available = all(finding.level != "problem" for finding in found)
     if not dry_run or not available:
@@ -130,12 +136,46 @@ def _prompts(cell: Cell) -> Iterator[Finding]:
 
 def _geometry(cell: Cell) -> Iterator[Finding]:
     recipe = cell.recipe
+    possible = possible_devices(recipe)
+    if (there := torch.cuda.device_count()) > 1 and there not in possible:
+        nearest = max(n for n in possible if n <= there)
+        yield Finding("warning", f"{there} GPUs cannot share a cell's groups evenly", f"--processes {nearest} can")
+    else:
+        yield Finding("ok", f"a cell can use {', '.join(map(str, possible))} devices, with the same result")
     estimator, sampler = (build(axis, cell.components[axis]) for axis in COMPONENT_AXES[1:])
     steps, asked = recipe.rollout.num_steps, recipe.update.num_points
     points = estimator.num_points(asked, steps, sampler.num_scored(steps))
     if asked is not None and points < asked:
         what = f"update.num_points {asked}: {cell.estimator} and {cell.sampler} have {points}"
         yield Finding("warning", what, "cells of this grid differ in evaluation points, and so in cost")
+
+
+def _memory(cell: Cell) -> Finding:
+    """The estimate of the most that the cell needs, against what the device has."""
+    if torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(0).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        needed = estimate(cell, read_architecture(cell.recipe.model))
+    except OSError as error:
+        return Finding("warning", f"no estimate of memory: {error}", "it needs the model's configuration files")
+    except (ValueError, RuntimeError) as error:  # the network's own: a size it cannot have, a kernel that is not there
+        return Finding("problem", f"a call of the network: {error}", "change model.resolution or model.attention")
+    parts = {name: getattr(needed, name) for name in ("weights", "encoders", "trained", "samples")}
+    parts["work"] = max(needed.rollout, needed.update, needed.decode)
+    listed = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in parts.items())
+    what = f"memory: about {needed.peak / 2**30:.2g} GiB of {there / 2**30:.0f} ({listed})"
+    if needed.peak < FREE * there:
+        return Finding("ok", what)
+    update = cell.recipe.update
+    for size in (update.micro_batch_size // 2**i for i in range(1, update.micro_batch_size.bit_length())):
+        changed = cell.recipe.model_copy(update={"update": update.model_copy(update={"micro_batch_size": size})})
+        if estimate(cell.model_copy(update={"recipe": changed}), read_architecture(changed.model)).peak < FREE * there:
+            return Finding("warning", what, f"update.micro_batch_size {size} fits, with the same result")
+    return Finding(
+        "problem", what, "model.gradient_checkpointing, model.offload_encoders or a smaller rollout.batch_size"
+    )
 
 
 def _disk(cells: Sequence[Cell], results: Path, run: Run | None) -> Finding:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+CLIP_TOKENS = 77  # of an embedding, before those of T5
 MOST = 4096  # embeddings in memory; the least recently used leaves first
 
 

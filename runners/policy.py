@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging
 from numpy.typing import NDArray
 from peft import LoraConfig
@@ -48,6 +48,28 @@ ATTENTION = {
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
+def add_lora(network: SD3Transformer2DModel, recipe: ModelRecipe) -> None:
+    """Adapters on the attention projections, which alone are trained then."""
+    network.requires_grad_(False)
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=[*LORA_TARGETS, *(SECOND_ATTENTION if recipe.lora_second_attention else [])],
+    )
+    network.add_adapter(config)
+
+
+def attention(recipe: ModelRecipe) -> AbstractContextManager[None]:
+    """The context in which torch takes the recipe's attention kernel."""
+    return sdpa_kernel(ATTENTION[recipe.attention]) if recipe.attention != "auto" else nullcontext()
+
+
+def images_at_once(recipe: ModelRecipe) -> int:
+    """How many images are decoded together."""
+    return max(1, min(DECODED_IMAGES, DECODED_PIXELS // recipe.resolution**2))
+
+
 class SD3Policy:
     """Stable Diffusion 3 and 3.5, LoRA or all weights of the transformer."""
 
@@ -71,13 +93,7 @@ class SD3Policy:
         network = self.network = self.pipe.transformer
         network.requires_grad_(recipe.lora_rank is None)
         if recipe.lora_rank is not None:
-            config = LoraConfig(
-                r=recipe.lora_rank,
-                lora_alpha=recipe.lora_alpha,
-                init_lora_weights="gaussian",
-                target_modules=[*LORA_TARGETS, *(SECOND_ATTENTION if recipe.lora_second_attention else [])],
-            )
-            network.add_adapter(config)
+            add_lora(network, recipe)
         if recipe.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if recipe.compile:
@@ -130,13 +146,9 @@ class SD3Policy:
         """The velocity as a function of (x, sigma) alone, for samplers."""
         return lambda x, sigma: self.velocity(x, sigma, conditioning, guidance_scale)
 
-    def _attention(self) -> AbstractContextManager[None]:
-        backend = ATTENTION.get(self.recipe.attention)
-        return nullcontext() if backend is None else sdpa_kernel(backend)
-
     def _call(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = getattr(torch, self.recipe.dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32), self._attention():
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32), attention(self.recipe):
             output: Tensor = self.network(
                 hidden_states=x.to(dtype),
                 timestep=1000 * sigma.to(x.device, torch.float32),
@@ -150,8 +162,7 @@ class SD3Policy:
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Images [b, h, w, 3] of latents [b, c, h, w], a few at a time: they need far more memory than latents."""
         vae, decoded = self.pipe.vae, []
-        at_once = max(1, min(DECODED_IMAGES, DECODED_PIXELS // self.recipe.resolution**2))
-        for part in torch.split(latents, at_once):
+        for part in torch.split(latents, images_at_once(self.recipe)):
             scaled = (part / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
             scaled = scaled.contiguous(memory_format=torch.channels_last)
             images = vae.decode(scaled, return_dict=False)[0].float().clamp(-1, 1)

@@ -11,10 +11,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from ablate.recipe import ModelRecipe
-from runners.embeddings import Conditioning
+from runners.embeddings import CLIP_TOKENS, Conditioning
 from runners.policy import SD3Policy
-
-CLIP_TOKENS = 77  # before those of T5
 
 
 def random_policy(recipe: ModelRecipe, device: torch.device) -> SD3Policy:

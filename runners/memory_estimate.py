@@ -1,0 +1,210 @@
+"""What a cell will need of its device's memory, before anything is loaded.
+
+The network's own code runs once on tensors that have a size but no content (torch's fake tensors), and every storage it
+allocates and frees is counted: weights of any size take seconds, and gradient checkpointing, guidance or another
+attention kernel are seen as they are. Not seen: the context of the device (half a gigabyte on a GPU) and fragmentation.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ablate.components import build
+from ablate.part import COMPONENT_AXES
+from ablate.plan import Cell
+from ablate.recipe import ModelRecipe
+from runners.embeddings import CLIP_TOKENS
+from runners.identity import model_path
+from runners.policy import ENCODERS, add_lora, attention, images_at_once
+
+COPIES = 7  # of trained weights in float32: current, gradient, old, reference, average, and Adam's two moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The parts of a model on the meta device, without weights."""
+
+    transformer: SD3Transformer2DModel
+    autoencoder: AutoencoderKL
+    num_encoder_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one device."""
+
+    weights: int  # frozen: transformer and autoencoder
+    encoders: int  # frozen: text encoders
+    trained: int  # weights with their copies, gradients and the optimizer's moments
+    samples: int  # of an epoch: latents, embeddings and the probe
+    rollout: int  # one batch of network calls
+    update: int  # one micro-batch, forward and backward
+    decode: int  # one batch of images
+    offloaded: bool  # encoders are there only while they encode
+
+    @property
+    def peak(self) -> int:
+        """The most that is there at once."""
+        at_work = self.samples + max(self.rollout, self.update, self.decode)
+        beside = max(self.encoders, at_work) if self.offloaded else self.encoders + at_work
+        return self.weights + self.trained + beside
+
+
+def read_architecture(recipe: ModelRecipe) -> Architecture:
+    """The parts of a recipe's model from its configuration files: kilobytes, from a folder or the hub."""
+
+    def configuration(part: str, file: str = "config.json") -> dict[str, Any]:
+        folder = Path(model_path(recipe.path))
+        name = f"{part}/{file}" if part else file
+        path = folder / name if folder.exists() else hf_hub_download(recipe.path, name, revision=recipe.revision)
+        content: dict[str, Any] = json.loads(Path(path).read_text())
+        return content
+
+    index = configuration("", "model_index.json")
+    encoders = [name for name in ENCODERS if index.get(name, [None])[0]]
+    if not recipe.max_sequence_length:
+        encoders = [name for name in encoders if name != "text_encoder_3"]
+    with torch.device("meta"):
+        num_encoder_parameters = 0
+        for name in encoders:
+            kind = getattr(transformers, index[name][1])
+            encoder = kind(kind.config_class(**configuration(name)))
+            num_encoder_parameters += sum(p.numel() for p in encoder.parameters())
+        return Architecture(
+            transformer=SD3Transformer2DModel.from_config(configuration("transformer")),
+            autoencoder=AutoencoderKL.from_config(configuration("vae")),
+            num_encoder_parameters=num_encoder_parameters,
+        )
+
+
+def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> MemoryEstimate:
+    """What each device needs where so many share the cell."""
+    recipe, model = cell.recipe, cell.recipe.model
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    network, autoencoder = architecture.transformer, architecture.autoencoder
+    for part in (network, autoencoder):
+        nn.Module.to(part, dtype)
+    network.requires_grad_(model.lora_rank is None)
+    autoencoder.requires_grad_(False)
+    if model.lora_rank is not None:
+        with torch.device("meta"):
+            add_lora(network, model)
+    if model.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for m in (network, autoencoder) for p in m.parameters() if not p.requires_grad)
+    side = model.resolution // 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    latent = (network.config.in_channels, side, side)
+    tokens = (CLIP_TOKENS + model.max_sequence_length, network.config.joint_attention_dim)
+
+    with FakeTensorMode():
+        _give_storage(network)
+        _give_storage(autoencoder)
+
+        def call(num_images: int, guidance_scale: float, *, gradient: bool = False) -> int:
+            n = num_images * (1 + (guidance_scale > 1))
+            inputs = {
+                "hidden_states": torch.empty(n, *latent, dtype=dtype),
+                "timestep": torch.empty(n),
+                "encoder_hidden_states": torch.empty(n, *tokens, dtype=dtype),
+                "pooled_projections": torch.empty(n, network.config.pooled_projection_dim, dtype=dtype),
+            }
+
+            def run() -> None:
+                casting = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+                with torch.set_grad_enabled(gradient), casting, attention(model):
+                    velocity = network(**inputs, return_dict=False)[0]
+                if gradient:
+                    velocity.float().square().mean().backward()
+
+            held = sum(x.nbytes for x in inputs.values())
+            gradients = 4 * trained if gradient else 0  # counted with what is trained
+            return held + max(0, _peak(run) - gradients)
+
+        decoded = images_at_once(model)
+        latents = torch.empty(decoded, *latent, dtype=dtype)
+        with torch.no_grad():
+            decode = _peak(lambda: autoencoder.decode(latents, return_dict=False))
+        update = call(recipe.update.micro_batch_size, recipe.update.guidance_scale, gradient=True)
+        rollout = call(recipe.rollout.batch_size, recipe.rollout.guidance_scale)
+    size = dtype.itemsize
+    return MemoryEstimate(
+        weights=size * frozen,
+        encoders=size * architecture.num_encoder_parameters,
+        trained=4 * COPIES * trained,
+        samples=_samples(cell, 4 * latent[0] * side * side, size * tokens[0] * tokens[1]) // num_devices,
+        rollout=rollout,
+        update=update,
+        decode=decode,
+        offloaded=model.offload_encoders,
+    )
+
+
+def _samples(cell: Cell, latent: int, embedding: int) -> int:
+    """Bytes of the samples of an epoch: x0 and embeddings, three latents per recorded step, two per point asked."""
+    rollout, estimator, sampler = cell.recipe.rollout, *(build(a, cell.components[a]) for a in COMPONENT_AXES[1:])
+    steps, num_scored = rollout.num_steps, sampler.num_scored(rollout.num_steps)
+    points: int = estimator.num_points(cell.recipe.update.num_points, steps, num_scored)
+    scored: int = num_scored if "transitions" in estimator.needs else 0
+    recorded = steps if "latents" in estimator.needs else 0
+    each = embedding + latent * (1 + 3 * scored + recorded + (3 if scored else 2) * points)
+    return rollout.num_groups * (rollout.candidates or rollout.group_size) * each
+
+
+def _give_storage(module: nn.Module) -> None:
+    """Put fake tensors on the CPU in the place of meta tensors; trained weights are float32."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                dtype = torch.float32 if p.requires_grad else p.dtype
+                part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """The most bytes that were allocated at once while it ran, beyond what was there before."""
+    storages = _Storages()
+    with storages:
+        work()
+    return int(storages.peak)
+
+
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                if id(storage) not in given and storage not in self._known:
+                    self._known.add(storage)
+                    self._add(storage.nbytes())
+                    weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, num_bytes: int) -> None:
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)

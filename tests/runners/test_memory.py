@@ -1,0 +1,133 @@
+"""The estimate of a cell's memory, against known sizes, and against what SD 3.5 Medium really takes."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sd35 import write_pipeline
+
+from ablate.grid import load_grid
+from ablate.plan import Cell, make_plan
+from ablate.recipe import ModelRecipe
+from runners import memory_estimate
+from runners.memory_estimate import Architecture, MemoryEstimate, estimate, read_architecture
+from runners.policy import SD3Policy
+from runners.random_weights import medium_autoencoder, medium_transformer, random_policy
+
+GRIDS = Path(__file__).parents[2] / "grids"
+CELL = next(c for c in make_plan(load_grid(GRIDS / "tiny.yaml")).cells if c.estimator == "trajectory")
+
+
+def with_model(cell: Cell, micro_batch_size: int | None = None, **model: object) -> Cell:
+    recipe = cell.recipe.model_copy(update={"model": cell.recipe.model.model_copy(update=model)})
+    if micro_batch_size:
+        update = recipe.update.model_copy(update={"micro_batch_size": micro_batch_size})
+        recipe = recipe.model_copy(update={"update": update})
+    return cell.model_copy(update={"recipe": recipe})
+
+
+def of(cell: Cell, num_devices: int = 1) -> MemoryEstimate:
+    return estimate(cell, read_architecture(cell.recipe.model), num_devices)
+
+
+def test_storages_are_counted_while_they_live() -> None:
+    def work() -> None:
+        a = torch.empty(1000)
+        b = a.view(10, 100) + 1  # a view is no storage
+        del a
+        (b * 2).sum()
+
+    assert memory_estimate._peak(work) == pytest.approx(8000, abs=8)
+
+
+def test_weights_of_the_embedded_model_are_counted_exactly() -> None:
+    cell, policy = with_model(CELL), SD3Policy(CELL.recipe.model, torch.device("cpu"))
+    found = of(cell)
+    assert found.trained == 4 * 7 * sum(p.numel() for p in policy.trainable)
+    assert found.weights == 4 * sum(p.numel() for p in policy.pipe.vae.parameters())
+    encoders = (policy.pipe.text_encoder, policy.pipe.text_encoder_2)
+    assert found.encoders == 4 * sum(p.numel() for encoder in encoders for p in encoder.parameters())
+
+
+def test_all_encoders_of_sd35_are_counted(tmp_path: Path) -> None:
+    model = ModelRecipe(path=str(write_pipeline(tmp_path / "sd35")), resolution=64, max_sequence_length=16)
+    policy = SD3Policy(model, torch.device("cpu"))
+    encoders = (policy.pipe.text_encoder, policy.pipe.text_encoder_2, policy.pipe.text_encoder_3)
+    expected = sum(p.numel() for encoder in encoders for p in set(encoder.parameters()))
+    assert read_architecture(model).num_encoder_parameters == expected
+
+
+def test_what_saves_memory_is_seen_to() -> None:
+    plain = of(CELL)
+    assert of(with_model(CELL, micro_batch_size=CELL.recipe.update.micro_batch_size // 2)).update == pytest.approx(
+        plain.update / 2, rel=0.1
+    )
+    assert of(with_model(CELL, gradient_checkpointing=True)).update < 0.6 * plain.update
+    assert of(with_model(CELL, attention="math")).update > 1.1 * plain.update
+    assert of(with_model(CELL, lora_rank=4)).trained < 0.2 * plain.trained
+    assert of(CELL, num_devices=4).samples == plain.samples // 4
+
+
+def test_offloaded_encoders_take_the_place_of_the_work() -> None:
+    sizes = {"weights": 1, "trained": 2, "samples": 3, "rollout": 4, "update": 6, "decode": 5}
+    together = MemoryEstimate(**sizes, encoders=100, offloaded=False)
+    assert together.peak == 1 + 2 + 100 + 3 + 6
+    assert replace(together, offloaded=True).peak == 1 + 2 + 100
+    assert replace(together, offloaded=True, encoders=5).peak == 1 + 2 + 3 + 6
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def most_resident(work: Callable[[], object]) -> int:
+    """The most memory of this process while it worked."""
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+@pytest.mark.slow
+def test_sd35_medium_takes_what_was_estimated() -> None:
+    """At its real size: a call at 512 x 512, and forward and backward of the LoRA at 128 x 128."""
+    model = ModelRecipe(dtype="bfloat16", lora_rank=32, lora_alpha=64)
+    small = CELL.recipe.model_copy(
+        update={
+            "model": model,
+            "rollout": CELL.recipe.rollout.model_copy(update={"batch_size": 1}),
+            "update": CELL.recipe.update.model_copy(update={"micro_batch_size": 1}),
+        }
+    )
+
+    def estimated(resolution: int) -> MemoryEstimate:
+        with torch.device("meta"):
+            parts = Architecture(
+                transformer=medium_transformer(), autoencoder=medium_autoencoder(), num_encoder_parameters=0
+            )
+        recipe = small.model_copy(update={"model": model.model_copy(update={"resolution": resolution})})
+        return estimate(CELL.model_copy(update={"recipe": recipe}), parts)
+
+    forward, backward = estimated(512), estimated(128)
+    gc.collect()
+    before = resident()
+    policy = random_policy(model, torch.device("cpu"))
+    assert sum(p.numel() for p in policy.network.parameters()) == pytest.approx(2.262e9, rel=0.001)
+    assert sum(p.numel() for p in policy.trainable) == pytest.approx(18.8e6, rel=0.01)
+
+    def call(side: int) -> torch.Tensor:
+        return policy.velocity(torch.randn(1, 16, side, side), torch.tensor([0.5]), policy.encode(["a bench"]))
+
+    with torch.no_grad():
+        most = most_resident(lambda: call(64)) - before
+    copies = forward.trained * 4 // 7  # before the first update there are neither gradients nor moments
+    assert most == pytest.approx(forward.weights + copies + forward.rollout, rel=0.15)
+    most = most_resident(lambda: call(16).square().mean().backward()) - before
+    assert most == pytest.approx(backward.weights + backward.trained * 5 // 7 + backward.update, rel=0.15)
