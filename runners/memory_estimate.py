@@ -106,7 +106,8 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
     if model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for m in (network, autoencoder) for p in m.parameters() if not p.requires_grad)
+    parts = [t for part in (network, autoencoder) for t in (*part.parameters(), *part.buffers())]
+    frozen = sum(t.numel() for t in parts if not t.requires_grad)  # the positions of SD 3.5 alone are 226 million
     side = model.resolution // 2 ** (len(autoencoder.config.block_out_channels) - 1)
     latent = (network.config.in_channels, side, side)
     tokens = (CLIP_TOKENS + model.max_sequence_length, network.config.joint_attention_dim)

@@ -30,6 +30,7 @@ def random_policy(recipe: ModelRecipe, device: torch.device) -> SD3Policy:
         )  # fmt: skip
     finally:
         torch.set_default_dtype(before)
+    pipe.transformer.to(dtype)  # its buffers, as when loaded
     policy = SD3Policy(recipe, device, pipe)
     config = policy.network.config
 

@@ -50,7 +50,8 @@ def test_weights_of_the_embedded_model_are_counted_exactly() -> None:
     cell, policy = with_model(CELL), SD3Policy(CELL.recipe.model, torch.device("cpu"))
     found = of(cell)
     assert found.trained == 4 * 7 * sum(p.numel() for p in policy.trainable)
-    assert found.weights == 4 * sum(p.numel() for p in policy.pipe.vae.parameters())
+    frozen = [*policy.pipe.vae.parameters(), *policy.network.buffers()]
+    assert found.weights == 4 * sum(t.numel() for t in frozen)
     encoders = (policy.pipe.text_encoder, policy.pipe.text_encoder_2)
     assert found.encoders == 4 * sum(p.numel() for encoder in encoders for p in encoder.parameters())
 
