@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
+from scipy.stats import t as student
 from torch import Tensor
-
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,28 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Angle:
-    """Between two gradients, in degrees, with a 95 % bootstrap interval over units."""
+    """Between two gradients, in degrees, with a 95 % interval over units."""
 
     degrees: float
     low: float
     high: float
+
+
+def claimed(estimator: Any, log_prob: Tensor, num_dims: int) -> Tensor:
+    """What an estimator's points [b, k] say of log p, nats in all: [b].
+
+    The mean over points for an ELBO, with the decoder's term where it is a bound; the sum over a trajectory's steps,
+    which is the density of a path, not of its end, and lacks that of its start.
+    """
+    scale = num_dims if getattr(estimator, "unit", "dimension") == "dimension" else 1
+    if "transitions" in estimator.needs:
+        return scale * log_prob.sum(1)
+    return scale * log_prob.mean(1) + (estimator.decoder(num_dims) if is_bound(estimator) else 0.0)
+
+
+def is_bound(estimator: Any) -> bool:
+    """Whether an estimator says of itself that it bounds log p from below."""
+    return bool(getattr(estimator, "bounds", False))
 
 
 def agreement(value: Tensor, truth: Tensor) -> Agreement:
@@ -47,34 +64,31 @@ def agreement(value: Tensor, truth: Tensor) -> Agreement:
 
 
 def angle(estimate: Tensor, truth: Tensor) -> Angle | None:
-    """Between gradients that are means over u units, each estimated twice by independent draws: [2, u, q].
+    """Between gradients that are means over u >= 3 units, each estimated twice by independent draws: [2, u, q].
 
     cos = <a, b> / sqrt(<a1, a2> <b1, b2>), where a and b are means of the two estimates: the noise of the draws, which
     would widen the angle between single estimates, cancels. Equal estimates have no noise. None where the draws leave
-    no norm to divide by.
+    no norm to divide by. The interval is Student's, with the jackknife's error.
     """
     a, b = estimate.detach().double(), truth.detach().double()
     u = a.shape[1]
-    grams = [x @ y.T for x, y in ((a[0], a[1]), (b[0], b[1]), (a.mean(0), b.mean(0)))]
-    aa, bb, ab = (g.cpu().numpy() for g in grams)  # [u, u]
-    centre = _degrees(np.full((1, u), 1 / u), aa, bb, ab)
-    if not np.isfinite(centre[0]):
+    grams = [(x @ y.T).cpu().numpy() for x, y in ((a[0], a[1]), (b[0], b[1]), (a.mean(0), b.mean(0)))]  # [u, u]
+    without_one = (1 - np.eye(u)) / (u - 1)
+    centre, *others = _degrees(np.vstack([np.full(u, 1 / u), without_one]), *grams)
+    if not np.isfinite(centre):
         return None
-    picks = np.random.default_rng(0).integers(u, size=(RESAMPLES, u))
-    shares = (picks[:, :, None] == np.arange(u)).mean(1)
-    spread = _degrees(shares, aa, bb, ab)
-    low, high = np.nanquantile(spread, [0.025, 0.975])
-    return Angle(degrees=float(centre[0]), low=float(low), high=float(high))
+    error = math.sqrt((u - 1) * np.nanvar(others))
+    reach = float(student.ppf(0.975, u - 1)) * error
+    return Angle(degrees=float(centre), low=max(float(centre) - reach, 0.0), high=min(float(centre) + reach, 180.0))
 
 
 def _degrees(
     shares: NDArray[np.float64], aa: NDArray[np.float64], bb: NDArray[np.float64], ab: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Of gradients sum_i share_i g_i, shares [r, u] and Gram matrices [u, u] -> [r]; NaN without a norm."""
-    norms = [np.einsum("ri,ij,rj->r", shares, g, shares) for g in (aa, bb)]
-    product = np.einsum("ri,ij,rj->r", shares, ab, shares)
+    products = [np.einsum("ri,ij,rj->r", shares, gram, shares) for gram in (aa, bb, ab)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = product / np.sqrt(norms[0] * norms[1])
-    cosine[(norms[0] <= 0) | (norms[1] <= 0)] = np.nan
+        cosine = products[2] / np.sqrt(products[0] * products[1])
+    cosine[(products[0] <= 0) | (products[1] <= 0)] = np.nan
     degrees: NDArray[np.float64] = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
     return degrees

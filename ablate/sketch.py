@@ -34,7 +34,7 @@ class Sketch:
 
     def __call__(self, blocks: Iterable[Tensor]) -> Tensor:
         """[size], on the device of the blocks, which are taken in order."""
-        parts = (part for block in blocks for part in block.detach().flatten().split(len(self._bucket)))
+        parts = (part for block in blocks for part in torch.split(block.detach().flatten(), len(self._bucket)))
         total = torch.zeros(self.size)
         for stretch, part in enumerate(parts):
             self._bucket, self._sign, total = (value.to(part.device) for value in (self._bucket, self._sign, total))

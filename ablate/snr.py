@@ -8,8 +8,8 @@ trace of the covariance between draws, T that between the groups' mean gradients
     over rollouts        noise = (T + W (1 - 1 / m)) / u     signal = |g|^2 - T / u
 
 Noise is the trace of the covariance of the gradient that one update of u groups takes; signal is the squared norm of
-its expectation. SNR = signal / noise: the square of McCandlish et al.'s (2018, arXiv 1812.06162) "simple" ratio, and
-1 / SNR updates have to be averaged until half of the squared norm is signal.
+its expectation. SNR = signal / noise. 1 / SNR is the simple noise scale of McCandlish et al. 2018 (arXiv 1812.06162,
+eq. 2.9), counted in updates: so many have to be averaged until half of the squared norm is signal.
 """
 
 from __future__ import annotations
