@@ -240,7 +240,8 @@ def probe(
     for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in planned.cells}.values():
         check_model(model)
     folder = results / planned.grid
-    freeze(folder, whole, loaded.source.text)
+    if not (folder / "plan.json").exists():  # what has been trained keeps its plan
+        freeze(folder, whole, loaded.source.text)
     target = measure(planned.cells, folder, chosen, weights or [], _console())
     for path in write_probe(target):
         typer.echo(path)

@@ -77,7 +77,9 @@ class LevelRow(Measured):
     weight_share: float
     """Of all points' weight w."""
     signal: float
+    """Of this level's part alone, as in gradients.jsonl; and so on."""
     noise: float
+    total_signal: float
     total_noise: float
 
 
