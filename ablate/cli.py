@@ -213,8 +213,8 @@ def probe(
     only: Only = None,
     seeds: Seeds = None,
     points: Annotated[str, typer.Option(help="Evaluation points per sample", metavar="N,N")] = "1,2,5,10",
-    draws: Annotated[int, typer.Option(help="Independent probes on the same rollouts")] = 6,
-    groups: Annotated[int, typer.Option(help="Prompts of a rollout")] = 8,
+    draws: Annotated[int, typer.Option(help="Independent probes on the same rollouts")] = 2,
+    groups: Annotated[int | None, typer.Option(help="Prompts of a rollout; by default an epoch's")] = None,
     bias: Annotated[bool, typer.Option(help="Compare with the true likelihood too")] = True,
     weights: Annotated[
         list[Path] | None,

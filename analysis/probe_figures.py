@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from analysis.effects import interval_name
 from analysis.style import INK, MUTED, Look, palette
@@ -99,7 +100,10 @@ def against_cost(snr: pd.DataFrame, looks: dict[Any, Look]) -> Figure:
             ax.plot([low, high], np.array([low, high]) / high * top / k, color="#d0d0d0", linewidth=0.8, zorder=0)
         ax.set(xscale="log", yscale="log", xlabel=f"{label} of rollout and update", ylabel="signal-to-noise ratio")
         ax.set_ylim(floor * 0.8, None)
-    _legend(figure, snr, looks, f"{_note(snr)} Numbers: points per sample. Grey: equal SNR per cost.")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:,g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    _legend(figure, snr, looks, f"{_note(snr)}\nNumbers: points per sample. Grey lines: equal SNR per cost.")
     return figure
 
 
@@ -175,13 +179,13 @@ def angles(bias: pd.DataFrame) -> Figure:
         for ax, world in zip(panels, part, strict=True):
             _angles(ax, shown[shown["world"] == world], names, colors, laws)
             ax.set_title(world if world != "model" else "the model, against its ODE", loc="left", color=INK)
-        panels[-1].set_xlabel("degrees to the true policy gradient")
     handles = [
         Line2D([], [], linestyle="", marker=_marker(law, laws), color=colors[law], label=law.replace("_", " "))
         for law in laws
     ]
     if handles:
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), title="law of sigma", fontsize=8)
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=8)
+    figure.supxlabel("degrees to the true policy gradient; marker: law of sigma; bars: 95 % interval", fontsize=9)
     return figure
 
 
@@ -211,7 +215,7 @@ def _angles(ax: Axes, rows: pd.DataFrame, names: list[str], colors: dict[str, st
         ax.plot(row["angle"], y, marker=_marker(row["law"], laws), markersize=4, color=color)
     ax.axvline(90, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
     ax.set_yticks(range(len(names)), names)
-    ax.set(ylim=(len(names) - 0.5, -0.5), xlim=(-2, max(95.0, float(rows["angle_high"].max()) + 3)))
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlim=(-3, 183), xticks=range(0, 181, 45))
 
 
 def _scatter(ax: Axes, group: pd.DataFrame, found: pd.Series) -> None:
@@ -251,7 +255,7 @@ def _floor(snr: pd.DataFrame) -> float:
 
 def _note(snr: pd.DataFrame) -> str:
     return (
-        f"Updates of {snr['groups'].max()} groups; n = {snr['n'].max()} seeds, bars: {interval_name(snr['n'].max())}. "
+        f"Updates on {snr['groups'].max()} groups; n = {snr['n'].max()} seeds, bars: {interval_name(snr['n'].max())}. "
         "Open triangles: no signal to be told from noise."
     )
 
@@ -266,4 +270,4 @@ def _legend(figure: Figure, frame: pd.DataFrame, looks: dict[Any, Look], note: s
             Line2D([], [], color=look.color, linestyle=look.linestyle, marker=look.marker, markersize=4.5, label=label)
         )
     figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)), fontsize=8)
-    figure.supxlabel(note, fontsize=7, color=MUTED, x=0.01, ha="left")
+    figure.supxlabel(note, fontsize=7.5, color=MUTED, x=0.01, ha="left")

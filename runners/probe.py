@@ -41,15 +41,15 @@ class Settings:
     """How much is measured."""
 
     points: tuple[int, ...] = (1, 2, 5, 10)
-    draws: int = 6  # probes on the same rollouts
-    groups: int = 8  # prompts of a rollout
+    draws: int = 2  # probes on the same rollouts
+    groups: int | None = None  # prompts of a rollout; by default an epoch's
     bias: bool = True
 
     def __post_init__(self) -> None:
         if not self.points or min(self.points) < 1:
             raise InputError(f"--points {','.join(map(str, self.points))}: expected whole numbers from 1 on")
         for name, value in (("draws", self.draws), ("groups", self.groups)):
-            if value < 2:
+            if value is not None and value < 2:
                 raise InputError(f"--{name} {value}: a variance needs at least 2")
 
 
@@ -111,17 +111,18 @@ class _Prober:
     def tasks(self, cells: Sequence[Cell], weights: Sequence[_Weights]) -> Iterator[_Task]:
         """Each estimator, sampler and rollout once, whatever the objective: on-policy they have one gradient."""
         settings = self.settings
-        distinct = {_digest(_identity(cell)): _smaller(cell, settings.groups) for cell in cells}
+        distinct = {_digest(_identity(cell)): _resized(cell, settings.groups) for cell in cells}
         for chosen in weights:
             mark = _mark(chosen, cells[0])
             for cell in distinct.values():
-                num_points = sum({*settings.points, cell.recipe.rollout.num_steps})
+                rollout = cell.recipe.rollout
+                num_points = sum({*settings.points, rollout.num_steps})
                 yield _Task(
                     kind="gradient",
                     key=_digest(_identity(cell), mark, settings.points, settings.draws),
                     cell=cell,
                     weights=chosen,
-                    size=num_points * settings.draws * settings.groups * cell.recipe.rollout.group_size,
+                    size=num_points * settings.draws * rollout.num_groups * rollout.group_size,
                 )
         if not settings.bias:
             return
@@ -140,7 +141,7 @@ class _Prober:
                     world=(world, subject),
                 )
         small = {
-            _digest(_identity(cell)): _smaller(cell, MODEL_GROUPS, MODEL_GROUP_SIZE)
+            _digest(_identity(cell)): _resized(cell, MODEL_GROUPS, MODEL_GROUP_SIZE)
             for cell in sorted(cells, key=lambda cell: cell.sampler)  # those of one sampler share the truth
             if cell.seed == lowest.seed
         }
@@ -296,12 +297,13 @@ def _parts(found: Any) -> dict[str, float]:
     return {name: float(value) for name, value in asdict(found).items()}
 
 
-def _smaller(cell: Cell, groups: int, group_size: int | None = None) -> Cell:
-    """The cell with so many prompts in its rollout, all of them kept."""
+def _resized(cell: Cell, groups: int | None, group_size: int | None = None) -> Cell:
+    """The cell with so many prompts and images in its rollout, all of them kept."""
     rollout = cell.recipe.rollout
     size = {"group_size": group_size, "candidates": None} if group_size else {}
-    changed = rollout.model_copy(update={"num_groups": groups, "resample_rounds": 0, **size})
-    return cell.model_copy(update={"recipe": cell.recipe.model_copy(update={"rollout": changed})})
+    update = {"num_groups": groups or rollout.num_groups, "resample_rounds": 0, **size}
+    changed = cell.recipe.model_copy(update={"rollout": rollout.model_copy(update=update)})
+    return cell.model_copy(update={"recipe": changed})
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
