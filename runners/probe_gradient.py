@@ -134,7 +134,7 @@ def measure(
 def draw(run: Run, rollouts: Rollouts, points: int, number: int, project: Project, *, by_level: bool = False) -> Draw:
     """The gradient of -mean(A f) for probe `number`, for every group by itself, and by level where asked for."""
     samples, size = rollouts.samples, rollouts.group_size
-    probe = _sorted(_probe(run, rollouts, points, number))
+    probe = _sorted(probe_of(run, rollouts, points, number))
     velocities: list[Tensor] = []
     columns = [slice(j, j + 1) for j in range(points)] if by_level else [slice(None)]
     seconds, gradients = 0.0, []
@@ -183,7 +183,7 @@ def _accumulate(run: Run, samples: Samples, advantage: Tensor, probe: Any, rows:
     return torch.cat(answers)
 
 
-def _probe(run: Run, rollouts: Rollouts, points: int, number: int) -> Any:
+def probe_of(run: Run, rollouts: Rollouts, points: int, number: int) -> Any:
     """Probe `number` with so many points, its numbers shared within groups as the recipe has it."""
     kind, group = run.recipe.update.group_probe, rollouts.samples.group
     own = streams(
