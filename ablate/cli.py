@@ -229,8 +229,8 @@ def probe(
     """Measure what a grid's estimators are worth before any training: gradient variance, bias, cost of a signal."""
     from analysis.probe import write_probe
     from runners.hub import check_model
-    from runners.probe import Settings as ProbeSettings
     from runners.probe import probe as measure
+    from runners.probe_tasks import Settings as ProbeSettings
     from runners.sweep import freeze
     from runners.tracking import sync as synchronise
 

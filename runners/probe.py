@@ -7,11 +7,9 @@ For the base model and any other weights: signal and noise of the policy gradien
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,66 +19,39 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ablate.agreement import Agreement, Angle, is_bound
 from ablate.flow import NOISE_SCHEDULES
 from ablate.lock import lock
-from ablate.plan import FORMAT, Cell
+from ablate.plan import Cell
 from ablate.probe_rows import FOLDER, BiasRow, GradientRow, LevelRow, LikelihoodRow, Table
-from ablate.recipe import Recipe
 from ablate.sketch import Sketch
 from ablate.source import InputError
 from runners import checkpoint, probe_gradient, probe_model, probe_worlds
-from runners.export import WEIGHTS, load_weights, weights_file
+from runners.export import WEIGHTS, load_weights
 from runners.policy import SD3Policy, this_device
+from runners.probe_tasks import (
+    MODEL_DRAWS,
+    MODEL_SIGNS,
+    WORLD_POINTS,
+    WORLD_SAMPLES,
+    Settings,
+    Task,
+    Weights,
+    digest,
+    file_of,
+    identity,
+    tasks_of,
+)
 from runners.run import Run, set_up
 
-BASE = "base"
-WORLD_SAMPLES, WORLD_POINTS, WORLD_PICTURED = 1024, 128, 64
-MODEL_GROUPS, MODEL_GROUP_SIZE, MODEL_SIGNS, MODEL_DRAWS = 6, 4, 2, 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How much is measured."""
-
-    points: tuple[int, ...] = (1, 2, 5, 10)
-    draws: int = 2  # probes on the same rollouts
-    groups: int | None = None  # prompts of a rollout; by default an epoch's
-    bias: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.points or min(self.points) < 1:
-            raise InputError(f"--points {','.join(map(str, self.points))}: expected whole numbers from 1 on")
-        for name, value in (("draws", self.draws), ("groups", self.groups)):
-            if value is not None and value < 2:
-                raise InputError(f"--{name} {value}: a variance needs at least 2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Weights:
-    """A policy to be probed: the base model, or what a folder holds."""
-
-    label: str = BASE
-    folder: Path | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Task:
-    """One measurement."""
-
-    kind: str  # gradient, world or model
-    key: str
-    cell: Cell
-    weights: _Weights
-    size: float  # about so many network calls with gradient
-    world: tuple[probe_worlds.World, probe_worlds.Subject] | None = None
+PICTURED = 64  # samples of a world
 
 
 def probe(cells: Sequence[Cell], results: Path, settings: Settings, folders: Sequence[Path], console: Console) -> Path:
     """Measure what is missing in results/probe/ and return that folder."""
     target = results / FOLDER
     target.mkdir(parents=True, exist_ok=True)
-    weights = [_Weights(), *(_Weights(label=folder.resolve().name, folder=folder) for folder in folders)]
+    weights = [Weights(), *(Weights(label=folder.resolve().name, folder=folder) for folder in folders)]
     with lock(target):
         prober = _Prober(target, settings)
-        tasks = [task for task in prober.tasks(cells, weights) if not prober.has(task)]
+        tasks = [task for task in tasks_of(cells, weights, settings) if not prober.has(task)]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
             bar = progress.add_task("probe", total=round(sum(task.size for task in tasks)))
@@ -105,58 +76,10 @@ class _Prober:
         self._truth: tuple[str, Any] | None = None
         self._sketch = Sketch()
 
-    def has(self, task: _Task) -> bool:
+    def has(self, task: Task) -> bool:
         return task.key in (self.gradients if task.kind == "gradient" else self.bias).keys
 
-    def tasks(self, cells: Sequence[Cell], weights: Sequence[_Weights]) -> Iterator[_Task]:
-        """Each estimator, sampler and rollout once, whatever the objective: on-policy they have one gradient."""
-        settings = self.settings
-        distinct = {_digest(_identity(cell)): _resized(cell, settings.groups) for cell in cells}
-        for chosen in weights:
-            mark = _mark(chosen, cells[0])
-            for cell in distinct.values():
-                rollout = cell.recipe.rollout
-                num_points = sum({*settings.points, rollout.num_steps})
-                yield _Task(
-                    kind="gradient",
-                    key=_digest(_identity(cell), mark, settings.points, settings.draws),
-                    cell=cell,
-                    weights=chosen,
-                    size=num_points * settings.draws * rollout.num_groups * rollout.group_size,
-                )
-        if not settings.bias:
-            return
-        lowest = min(cells, key=lambda cell: cell.seed)
-        for world in probe_worlds.worlds():
-            for subject in probe_worlds.subjects():
-                given = (world.name, subject.label, asdict(subject.estimator), subject.sampler)
-                rollout = lowest.recipe.rollout
-                schedule = (rollout.num_steps, rollout.noise_schedule, WORLD_SAMPLES, WORLD_POINTS)
-                yield _Task(
-                    kind="world",
-                    key=_digest(given, schedule, lowest.seed),
-                    cell=lowest,
-                    weights=_Weights(),
-                    size=200,
-                    world=(world, subject),
-                )
-        small = {
-            _digest(_identity(cell)): _resized(cell, MODEL_GROUPS, MODEL_GROUP_SIZE)
-            for cell in sorted(cells, key=lambda cell: cell.sampler)  # those of one sampler share the truth
-            if cell.seed == lowest.seed
-        }
-        for chosen in weights:
-            mark = _mark(chosen, cells[0])
-            for cell in small.values():
-                yield _Task(
-                    kind="model",
-                    key=_digest(_identity(cell), mark, MODEL_SIGNS, MODEL_DRAWS),
-                    cell=cell,
-                    weights=chosen,
-                    size=8 * MODEL_GROUPS * MODEL_GROUP_SIZE * 2 * MODEL_SIGNS * probe_model.NUM_STEPS,
-                )
-
-    def measure(self, task: _Task, advance: Callable[[int], object]) -> None:
+    def measure(self, task: Task, advance: Callable[[int], object]) -> None:
         """Do a task and write its rows, those that mark it as done last."""
         if task.world:
             self._world(task, *task.world)
@@ -169,9 +92,9 @@ class _Prober:
             else:
                 self._model(task, run, rollouts)
 
-    def _run(self, folder: Path, task: _Task) -> Run:
+    def _run(self, folder: Path, task: Task) -> Run:
         """The cell, with the weights of the task as its current and its old policy."""
-        wanted = _digest(task.cell.recipe.model.model_dump(), str(task.weights.folder))
+        wanted = digest(task.cell.recipe.model.model_dump(), str(task.weights.folder))
         kept = self._policy[1] if self._policy and self._policy[0] == wanted else None
         run = set_up(folder, task.cell, kept or SD3Policy(task.cell.recipe.model, this_device()))
         if kept is None:
@@ -182,7 +105,7 @@ class _Prober:
         return run
 
     def _gradient(
-        self, task: _Task, run: Run, rollouts: probe_gradient.Rollouts, advance: Callable[[int], object]
+        self, task: Task, run: Run, rollouts: probe_gradient.Rollouts, advance: Callable[[int], object]
     ) -> None:
         points, draws = probe_gradient.numbers_of_points(run, self.settings.points), self.settings.draws
         found, levels = probe_gradient.measure(run, rollouts, points, draws, self._sketch, advance)
@@ -216,9 +139,9 @@ class _Prober:
             ],
         )
 
-    def _world(self, task: _Task, world: probe_worlds.World, subject: probe_worlds.Subject) -> None:
+    def _world(self, task: Task, world: probe_worlds.World, subject: probe_worlds.Subject) -> None:
         rollout, seed = task.cell.recipe.rollout, task.cell.seed
-        wanted = _digest(world.name, subject.sampler)
+        wanted = digest(world.name, subject.sampler)
         if self._truth is None or self._truth[0] != wanted:
             sigmas = NOISE_SCHEDULES[rollout.noise_schedule](rollout.num_steps, 3.0)
             truth = probe_worlds.true_values(world, subject.sampler, sigmas, WORLD_SAMPLES, seed)
@@ -232,16 +155,16 @@ class _Prober:
             "axes": {},
             "world": world.name,
         }
-        values = list(zip(truth.nats.tolist(), found.value.tolist(), strict=True))[: WORLD_PICTURED * subject.pictured]
+        values = list(zip(truth.nats.tolist(), found.value.tolist(), strict=True))[: PICTURED * subject.pictured]
         self._compared(
             task.key, common, found, subject.estimator, values, num_samples=WORLD_SAMPLES,
             num_dims=truth.rollout.x0.shape[1], oracle=world.oracle, truth_error=0.0, truth_step_error=0.0,
         )  # fmt: skip
 
-    def _model(self, task: _Task, run: Run, rollouts: probe_gradient.Rollouts) -> None:
-        identity = _identity(task.cell)
-        sampled = (identity["components"]["sampler"], identity["recipe"], identity["seed"])
-        wanted = _digest(str(task.weights.folder), *sampled)
+    def _model(self, task: Task, run: Run, rollouts: probe_gradient.Rollouts) -> None:
+        known = identity(task.cell)
+        sampled = (known["components"]["sampler"], known["recipe"], known["seed"])
+        wanted = digest(str(task.weights.folder), *sampled)
         if self._truth is None or self._truth[0] != wanted:
             self._truth = (wanted, probe_model.true_values(run, rollouts, MODEL_SIGNS, self._sketch))
         truth = self._truth[1]
@@ -280,7 +203,7 @@ class _Prober:
         )
 
 
-def _columns(task: _Task) -> dict[str, Any]:
+def _columns(task: Task) -> dict[str, Any]:
     """What the rows of a task have in common."""
     cell = task.cell
     return {
@@ -297,56 +220,9 @@ def _parts(found: Any) -> dict[str, float]:
     return {name: float(value) for name, value in asdict(found).items()}
 
 
-def _resized(cell: Cell, groups: int | None, group_size: int | None = None) -> Cell:
-    """The cell with so many prompts and images in its rollout, all of them kept."""
-    rollout = cell.recipe.rollout
-    size = {"group_size": group_size, "candidates": None} if group_size else {}
-    update = {"num_groups": groups or rollout.num_groups, "resample_rounds": 0, **size}
-    changed = cell.recipe.model_copy(update={"rollout": rollout.model_copy(update=update)})
-    return cell.model_copy(update={"recipe": changed})
-
-
-def _identity(cell: Cell) -> dict[str, Any]:
-    """All that a probe of a cell depends on; the objective and the optimizer are not among it."""
-    recipe: Recipe = cell.recipe
-    parts = {"model", "prompts", "reward", "rollout", "advantage"}
-    return {
-        "format": FORMAT,
-        "components": {axis: cell.components[axis].model_dump() for axis in ("estimator", "sampler")},
-        "recipe": recipe.model_dump(include=parts)
-        | {"update": recipe.update.model_dump(include={"group_probe", "guidance_scale"})},
-        "seed": cell.seed,
-        "versions": cell.versions,
-    }
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _mark(weights: _Weights, cell: Cell) -> str:
-    """What tells weights from others: the digest of their file."""
-    if weights.folder is None:
-        return BASE
-    with _file(weights.folder, cell).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-
-
-def _file(folder: Path, cell: Cell) -> Path:
-    """The file of weights in a cell's folder, finished or not, or in an exported folder. Raises InputError."""
-    candidates = [
-        weights_file(folder / WEIGHTS, cell.recipe.model),
-        folder / "checkpoint" / "state.pt",
-        weights_file(folder, cell.recipe.model),
-    ]
-    if found := next((path for path in candidates if path.exists()), None):
-        return found
-    raise InputError(f"--weights {folder}: holds neither {WEIGHTS}/ nor a checkpoint nor exported weights")
-
-
 def _load(folder: Path, run: Run) -> None:
     """Make the weights of a folder the current ones of a run."""
-    path = _file(folder, run.cell)
+    path = file_of(folder, run.cell)
     if path.name != "state.pt":
         load_weights(folder / WEIGHTS if (folder / WEIGHTS).is_dir() else folder, run.policy)
         return
