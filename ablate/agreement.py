@@ -71,32 +71,32 @@ def angle(estimate: Tensor, truth: Tensor) -> Angle | None:
     cos = <a, b> / sqrt(<a1, a2> <b1, b2>), where a and b are means of the two estimates: the noise of the draws, which
     would widen the angle between single estimates, cancels. Equal estimates have no noise. None where the draws are too
     noisy to tell: the two estimates of one gradient have a cosine below 0.2, or cos comes out above 1.05. The interval
-    is Student's, with the jackknife's error.
+    is Student's, with the jackknife's error of the cosine.
     """
     a, b = estimate.detach().double(), truth.detach().double()
     u = a.shape[1]
     grams = [(x @ y.T).cpu().numpy() for x, y in ((a[0], a[1]), (b[0], b[1]), (a.mean(0), b.mean(0)))]  # [u, u]
     without_one = (1 - np.eye(u)) / (u - 1)
-    centre, *others = _degrees(np.vstack([np.full(u, 1 / u), without_one]), *grams)
+    centre, *others = _cosines(np.vstack([np.full(u, 1 / u), without_one]), *grams)
     reliable = all(_cosine(x[0].mean(0), x[1].mean(0)) >= LEAST_COSINE for x in (a, b))
-    if not reliable or not np.isfinite(centre):
+    if not reliable or not np.isfinite(centre) or centre > MOST_COSINE:
         return None
     error = math.sqrt((u - 1) * np.nanvar(others))
     reach = float(student.ppf(0.975, u - 1)) * error
-    return Angle(degrees=float(centre), low=max(float(centre) - reach, 0.0), high=min(float(centre) + reach, 180.0))
+    degrees, low, high = np.degrees(np.arccos(np.clip([centre, centre + reach, centre - reach], -1, 1)))
+    return Angle(degrees=float(degrees), low=float(low), high=float(high))
 
 
 def _cosine(x: Tensor, y: Tensor) -> float:
     return float(x @ y / (x.norm() * y.norm()))
 
 
-def _degrees(
+def _cosines(
     shares: NDArray[np.float64], aa: NDArray[np.float64], bb: NDArray[np.float64], ab: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Of gradients sum_i share_i g_i, shares [r, u] and Gram matrices [u, u] -> [r]; NaN without a norm."""
     products = [np.einsum("ri,ij,rj->r", shares, gram, shares) for gram in (aa, bb, ab)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = products[2] / np.sqrt(products[0] * products[1])
-    cosine[(products[0] <= 0) | (products[1] <= 0) | (cosine > MOST_COSINE)] = np.nan
-    degrees: NDArray[np.float64] = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
-    return degrees
+        cosines: NDArray[np.float64] = products[2] / np.sqrt(products[0] * products[1])
+    cosines[(products[0] <= 0) | (products[1] <= 0)] = np.nan
+    return cosines

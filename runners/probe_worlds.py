@@ -24,6 +24,7 @@ from ablate.seeding import generator, streams
 WEIGHTS = ("path_kl", "simple", "adaptive", "x0", "ghuber")
 LAWS = ("uniform", "linear", "logit_normal", "scheduler_density", "sampler_grid")
 STOCHASTIC = ("sde", "dance", "ddim")
+EXACT = "exact"  # samples of the density itself
 NUM_UNITS = 16  # over which angles are bootstrapped
 ORACLE = ProbabilityFlow(tolerance=1e-6)
 
@@ -54,7 +55,7 @@ class Subject:
 
     label: str
     estimator: Any
-    sampler: str = "exact"
+    sampler: str = EXACT
     pictured: bool = False  # in the scatter of samples
 
 
@@ -142,7 +143,7 @@ def _units(num_samples: int) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def _rollout(world: World, sampler: str, sigmas: Tensor, num_samples: int, seed: int) -> Rollout:
-    if sampler == "exact":
+    if sampler == EXACT:
         return Rollout(x0=world.flow.sample(num_samples, generator(seed, "worlds", "data")), sigmas=sigmas)
     own = streams(seed, "worlds", samples=range(num_samples))
     noise = own.normal([world.flow.means.shape[1]], world.flow.means)
