@@ -31,8 +31,11 @@ class Measured(Strict):
     weights: str
     """`base`, or the folder that `--weights` names."""
     seed: int
+    """Of rollouts and probes."""
     sampler: str
+    """As the grid has it; `exact` for samples of a world's density itself."""
     estimator: str
+    """As the grid has it; in a world, with its law of sigma."""
     axes: dict[str, Any]
     """Values of the grid's recipe axes."""
 
@@ -42,16 +45,19 @@ class GradientRow(Measured):
 
     file = "gradients.jsonl"
     points: int
+    """Per sample, as many as the estimator really draws."""
     groups: int
+    """Prompts of the rollout."""
     group_size: int
+    """Images per prompt."""
     draws: int
     """Independent probes on the same rollouts."""
     signal: float
-    """|E g|^2 given the rollouts, unbiased; g in nats per dimension."""
+    """Squared norm of E g given the rollouts, unbiased; g the gradient in nats per dimension."""
     noise: float
     """tr Cov g given the rollouts: what drawing the probe adds."""
     total_signal: float
-    """|E g|^2 over rollouts and probes."""
+    """Squared norm of E g over rollouts and probes."""
     total_noise: float
     """tr Cov g over rollouts and probes."""
     cosine: float
@@ -65,7 +71,9 @@ class GradientRow(Measured):
     update_calls: float
     """Network calls of one gradient; one with gradient counts three."""
     rollout_seconds: float
+    """Of the rollout, with its rewards."""
     update_seconds: float
+    """Of one gradient, a group at a time."""
 
 
 class LevelRow(Measured):
@@ -73,14 +81,19 @@ class LevelRow(Measured):
 
     file = "levels.jsonl"
     level: int
+    """From 0, the noisiest, on; a stratum where the law of sigma is continuous."""
     sigma: float
+    """Mean noise level."""
     weight_share: float
     """Of all points' weight w."""
     signal: float
-    """Of this level's part alone, as in gradients.jsonl; and so on."""
+    """Of this level's part of the gradient, given the rollouts."""
     noise: float
+    """Of this level's part, given the rollouts."""
     total_signal: float
+    """Of this level's part, over rollouts and probes."""
     total_noise: float
+    """Of this level's part, over rollouts and probes."""
 
 
 class BiasRow(Measured):
@@ -92,7 +105,9 @@ class BiasRow(Measured):
     oracle: str
     """Where the truth comes from."""
     num_samples: int
+    """Compared with the truth."""
     num_dims: int
+    """Of a sample."""
     truth_error: float
     """Mean standard error of a sample's true log-likelihood by Hutchinson's estimate; 0 where it is exact."""
     truth_step_error: float
@@ -100,6 +115,7 @@ class BiasRow(Measured):
     gap_mean: float
     """Mean over samples of value - truth."""
     gap_sd: float
+    """Of value - truth, across samples."""
     gap_error: float
     """Standard error of gap_mean."""
     point_sd: float
@@ -109,11 +125,15 @@ class BiasRow(Measured):
     bound_holds: bool | None
     """gap_mean is at most two of its errors above 0; null where no bound is claimed."""
     pearson: float
+    """Correlation of value and truth across samples."""
     spearman: float
+    """Rank correlation of value and truth across samples."""
     angle: float | None
     """Degrees between its policy gradient and the true one, on the same samples and advantages."""
     angle_low: float | None
+    """Lower end of its 95 % interval."""
     angle_high: float | None
+    """Upper end of its 95 % interval."""
 
 
 class LikelihoodRow(Measured):
@@ -121,9 +141,13 @@ class LikelihoodRow(Measured):
 
     file = "likelihoods.jsonl"
     world: str
+    """As in bias.jsonl."""
     sample: int
+    """Its number."""
     truth: float
+    """Its log-likelihood."""
     value: float
+    """What the estimator says, the mean over all points drawn."""
 
 
 R = TypeVar("R", bound=Measured)
