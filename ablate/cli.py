@@ -1,4 +1,4 @@
-"""The command line: `ablate plan | run | cell | status | report | eval | bench | doctor | sync | list`.
+"""The command line: `ablate plan | run | cell | status | report | eval | probe | bench | doctor | sync | list`.
 
 The one place that knows all packages; each command imports what it needs, so that `--help` is instant.
 """
@@ -220,6 +220,49 @@ def evaluate(
 
 
 @app.command()
+def probe(
+    grid: GridPath,
+    settings: Settings = None,
+    only: Only = None,
+    seeds: Seeds = None,
+    points: Annotated[str, typer.Option(help="Evaluation points per sample", metavar="N,N")] = "1,2,5,10",
+    draws: Annotated[int, typer.Option(help="Independent probes on the same rollouts")] = 2,
+    groups: Annotated[int | None, typer.Option(help="Prompts of a rollout; by default an epoch's")] = None,
+    bias: Annotated[bool, typer.Option(help="Compare with the true likelihood too")] = True,
+    weights: Annotated[
+        list[Path] | None,
+        typer.Option(help="Beside the base: a cell's folder, or exported weights; repeat for more", metavar="FOLDER"),
+    ] = None,
+    results: Results = RESULTS,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server or database; by default <results>/mlflow.db")
+    ] = None,
+    tracking: Annotated[bool, typer.Option(help="Mirror the results to MLflow")] = True,
+) -> None:
+    """Measure what a grid's estimators are worth before any training: gradient variance, bias, cost of a signal."""
+    from analysis.probe import write_probe
+    from runners.hub import check_model
+    from runners.probe import probe as measure
+    from runners.probe_tasks import Settings as ProbeSettings
+    from runners.sweep import freeze
+    from runners.tracking import sync as synchronise
+
+    numbers = _numbers("--points", points, "1,2,5,10")
+    loaded, whole, planned = _planned(grid, settings, only, seeds)
+    chosen = ProbeSettings(points=tuple(sorted(numbers)), draws=draws, groups=groups, bias=bias)
+    for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in planned.cells}.values():
+        check_model(model)
+    folder = results / planned.grid
+    if not (folder / "plan.json").exists():  # what has been trained keeps its plan
+        freeze(folder, whole, loaded.source.text)
+    target = measure(planned.cells, folder, chosen, weights or [], _console())
+    for path in write_probe(target):
+        typer.echo(path)
+    if tracking:
+        synchronise(folder, tracking_uri)
+
+
+@app.command()
 def bench(
     grid: GridPath,
     settings: Settings = None,
@@ -339,6 +382,13 @@ def _setting(text: str) -> tuple[str, Any]:
         raise InputError(f"--set {text}: got {value!r}, which is not valid YAML") from None
 
 
+def _numbers(option: str, text: str, example: str) -> set[int]:
+    try:
+        return {int(n) for n in text.split(",")}
+    except ValueError:
+        raise InputError(f"{option} {text!r}: expected whole numbers separated by commas, as in {example}") from None
+
+
 def _kept(plan: Plan, grid: Grid, only: list[str] | None, seeds: str | None) -> Plan:
     """The cells that --only and --seeds ask for."""
     from ablate.part import COMPONENT_AXES
@@ -365,10 +415,7 @@ def _kept(plan: Plan, grid: Grid, only: list[str] | None, seeds: str | None) -> 
         wanted.setdefault(axis, set()).add(value)
     kept_seeds = set(grid.file.seeds)
     if seeds is not None:
-        try:
-            kept_seeds = {int(n) for n in seeds.split(",")}
-        except ValueError:
-            raise InputError(f"--seeds {seeds!r}: expected whole numbers separated by commas, as in 0,1") from None
+        kept_seeds = _numbers("--seeds", seeds, "0,1")
         if missing := sorted(kept_seeds - set(grid.file.seeds)):
             allowed = ", ".join(map(str, grid.file.seeds))
             raise InputError(f"--seeds {seeds}: the grid has no seed {missing[0]}. Allowed: {allowed}")

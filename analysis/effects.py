@@ -25,7 +25,7 @@ def bootstrap(samples: Array, level: float = 0.95) -> tuple[Array, Array]:
     n = len(samples)
     if n == 1:
         return np.full(samples.shape[1:], np.nan), np.full(samples.shape[1:], np.nan)
-    means = np.tensordot(_shares(n), samples, axes=1)  # [resamples, ...]
+    means = np.tensordot(shares(n), samples, axes=1)  # [resamples, ...]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0, method="inverted_cdf")
     return low, high
 
@@ -35,7 +35,7 @@ def interval_name(most_seeds: int) -> str:
     return "range over seeds" if most_seeds <= 3 else "95 % bootstrap interval over seeds"
 
 
-def _shares(n: int) -> Array:
+def shares(n: int) -> Array:
     """The share of each sample in each resample, [resamples, n]."""
     if n <= 5:
         picks = np.array(list(itertools.product(range(n), repeat=n)))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ablate.plan import Cell
+from ablate.recipe import ModelRecipe
 from ablate.record import write_atomic
 from ablate.source import InputError
 from runners.policy import SD3Policy
@@ -76,16 +77,27 @@ def export(folder: Path, cell: Cell, policy: SD3Policy) -> None:
 
 def load(folder: Path, policy: SD3Policy) -> None:
     """Make a cell's exported weights the current ones. Raises InputError where there are none."""
-    lora, whole = (folder / WEIGHTS / name for name in (LORA, "transformer/diffusion_pytorch_model.safetensors"))
-    if not (lora if policy.recipe.lora_rank else whole).exists():
-        raise InputError(f"{folder}: has no {WEIGHTS}/; a cell writes them when it ends, if export_weights is true")
-    if policy.recipe.lora_rank is None:
-        tensors = load_file(whole)
-    else:
-        tensors = {_key(name): tensor for name, tensor in load_file(lora).items()}
+    load_weights(folder / WEIGHTS, policy)
+
+
+def weights_file(folder: Path, model: ModelRecipe) -> Path:
+    """The file in an exported folder that a policy of such a model reads; it need not exist."""
+    return folder / (LORA if model.lora_rank else "transformer/diffusion_pytorch_model.safetensors")
+
+
+def load_weights(folder: Path, policy: SD3Policy) -> None:
+    """Make the weights of an exported folder the current ones. Raises InputError where there are none."""
+    path = weights_file(folder, policy.recipe)
+    if not path.exists():
+        raise InputError(
+            f"{folder.parent}: has no {folder.name}/; a cell writes them when it ends, if export_weights is true"
+        )
+    tensors = load_file(path)
+    if policy.recipe.lora_rank is not None:
+        tensors = {_key(name): tensor for name, tensor in tensors.items()}
     own: dict[str, Tensor] = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
     if missing := own.keys() - tensors.keys():
-        raise InputError(f"{folder / WEIGHTS}: has no {sorted(missing)[0]}; was it written for another recipe?")
+        raise InputError(f"{folder}: has no {sorted(missing)[0]}; was it written for another recipe?")
     for name, p in own.items():
         p.data.copy_(tensors[name])
 

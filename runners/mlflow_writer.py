@@ -8,15 +8,19 @@ those of the file any more is deleted and built again.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ablate.plan import Cell
+from ablate.probe_rows import FOLDER as PROBE
 from ablate.record import Record, Status, read_json, read_record
 from ablate.source import InputError
 
@@ -28,6 +32,7 @@ METRICS_PER_BATCH, PARAMS_PER_BATCH, VALUE_LENGTH = 1000, 100, 500  # what every
 RUN_STATUS = {Status.DONE: "FINISHED", Status.DIVERGED: "FINISHED", Status.INTERRUPTED: "KILLED"}  # others: FAILED
 FILES = ("cell.json", "metrics.jsonl", "attempts.jsonl", "record.json")
 REPORT = "report"  # folder of figures, and the name of their run
+PROBED = ("snr", "total_snr", "cosine", "effective_points", "largest_share", "calls", "seconds")  # by points
 
 T = TypeVar("T")
 
@@ -96,7 +101,8 @@ class Writer:
     def write(self) -> SyncSummary:
         started = [id for id in self.cells if _has_begun(self.results / id)]
         num_points = sum(self._write_cell(id) for id in started)
-        self._write_report()
+        self._write_folder(REPORT)
+        self._write_probe()
         runs = {id: self.runs[id].id for id in self.cells if id in self.runs}
         return SyncSummary(self.experiment_id, self.experiment, runs, num_points)
 
@@ -107,7 +113,7 @@ class Writer:
         while token != "":
             page = self.client.search_runs([self.experiment_id], page_token=token)
             for info, data in ((run.info, run.data) for run in page if run.data.tags.get("ablate.grid") == self.grid):
-                name = data.tags.get("ablate.cell", REPORT)
+                name = data.tags.get("ablate.cell", data.tags.get("ablate.kind", REPORT))
                 if name in runs:
                     self.client.delete_run(info.run_id)
                 else:
@@ -172,14 +178,40 @@ class Writer:
             self.client.update_run(run.id, status)
         run.status = status
 
-    def _write_report(self) -> None:
-        files = _files(self.results / REPORT)
-        if files:
-            start = (self.results / "grid.yaml").stat().st_mtime  # lists it below the cells, which have charts
-            run = self.runs.get(REPORT) or self._create(REPORT, start, kind=REPORT)
-            if run.changed(files):
-                self._write_artifacts(run, self.results / REPORT)
-                self.client.set_terminated(run.id, end_time=run.last_change)
+    def _write_folder(self, name: str) -> _Run | None:
+        """A folder of tables and figures as a run of its own; None if there is nothing new in it."""
+        files = _files(self.results / name)
+        if not files:
+            return None
+        start = (self.results / "grid.yaml").stat().st_mtime  # lists it below the cells, which have charts
+        run = self.runs.get(name) or self._create(name, start, kind=name)
+        if not run.changed(files):
+            return None
+        self._write_artifacts(run, self.results / name)
+        self.client.set_terminated(run.id, end_time=run.last_change)
+        return run
+
+    def _write_probe(self) -> None:
+        """The probe's folder, and its table of gradients as metrics whose step is the number of points."""
+        from mlflow.entities import Metric
+
+        run, table = self._write_folder(PROBE), self.results / PROBE / "gradients.csv"
+        if run is None or not table.exists():
+            return
+        with table.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        points = []
+        for row in rows:
+            setting = "/".join(filter(None, (row["weights"], row["estimator"], row["sampler"], row["axes"])))
+            setting = re.sub(r"[^\w/. :-]", "_", setting)
+            found = {name: float(row[name]) for name in PROBED if row[name]}
+            points += [
+                Metric(f"{name}/{setting}", value, run.last_change, int(row["points"]))
+                for name, value in found.items()
+                if math.isfinite(value)
+            ]
+        for batch in _batches(points, METRICS_PER_BATCH):
+            self.client.log_batch(run.id, metrics=batch)
 
     def _write_artifacts(self, run: _Run, folder: Path) -> None:
         """A folder, if the run does not hold it as it is."""
@@ -253,7 +285,7 @@ def _client(uri: str) -> MlflowClient:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
 def is_server(uri: str) -> bool:

@@ -26,6 +26,7 @@ from ablate.forecast import plan_json
 from ablate.grid import load_grid
 from ablate.objectives.paper import EPG
 from ablate.plan import Plan, make_plan
+from ablate.probe_rows import BiasRow, GradientRow, LevelRow, LikelihoodRow, Measured
 from ablate.recipe import Recipe
 from ablate.record import Ledger, Status
 from ablate.samplers.sde import DDIM
@@ -210,3 +211,12 @@ def test_the_component_of_the_readme_keeps_its_contracts() -> None:
     namespace: dict[str, Any] = {}
     exec(code, namespace)
     check_objective(namespace["SoftClip"]())
+
+
+@pytest.mark.parametrize("kind", [GradientRow, LevelRow, BiasRow, LikelihoodRow])
+def test_every_column_of_a_probe_is_explained_as_in_its_code(kind: type[Measured]) -> None:
+    section = PAGES["probe.md"].split("## Files")[1]
+    own = section.split(f"`{kind.file}`")[1].split("\n\n`")[0]
+    for name, field in kind.model_fields.items():
+        where = section if name in Measured.model_fields else own
+        assert f"| `{name}` | {' '.join((field.description or '').split())} |" in where

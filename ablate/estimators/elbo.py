@@ -7,6 +7,7 @@ with equality for the exact v, when w = (1 - sigma) / sigma and sigma is uniform
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -92,6 +93,16 @@ class ELBO:
         """Whether values are divided by the density of the law."""
         chosen = self.weight == "path_kl" if self.importance is None else self.importance
         return chosen and self.law != "sampler_grid"
+
+    @property
+    def bounds(self) -> bool:
+        """Whether the mean over points and `decoder` bound log p(x0) from below, up to the decoder's approximation."""
+        return self.weight == "path_kl" and self.importance_weighted and not self.guard
+
+    def decoder(self, num_dims: int) -> float:
+        """E log p(x0 | x at min_sigma), nats in all: that of N(x / (1 - s), s^2 / (1 - s)^2), for data smooth at s."""
+        s = self.min_sigma
+        return -0.5 * num_dims * (math.log(2 * math.pi * s**2 / (1 - s) ** 2) + 1)
 
     @property
     def needs(self) -> frozenset[str]:
