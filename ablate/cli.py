@@ -64,9 +64,12 @@ def plan(
         float | None, typer.Option(help="Network calls per second and device, for the estimate of device-hours")
     ] = None,
     calibrate: Annotated[bool, typer.Option(help="Measure that rate here, on the grid's own model")] = False,
+    bench: Annotated[
+        Path | None, typer.Option(help="What `ablate bench --json` has printed, for hours and disk", metavar="FILE")
+    ] = None,
 ) -> None:
     """Show a grid's cells, the combinations that are excluded and why, and what each cell costs."""
-    from ablate.forecast import plan_json, plan_table
+    from ablate.forecast import Speed, plan_json, plan_table, read_bench
 
     _, _, planned = _planned(grid, settings, only, seeds)
     if rate is not None and not 0 < rate < float("inf"):
@@ -75,11 +78,12 @@ def plan(
         from runners.calibrate import calls_per_second
 
         rate = calls_per_second(planned.cells[0].recipe)
+    speed = Speed(seconds_per_call=1 / rate) if rate is not None else read_bench(bench) if bench else None
     if as_json:
-        typer.echo(json.dumps(plan_json(planned, rate), indent=1))
+        typer.echo(json.dumps(plan_json(planned, speed), indent=1))
         return
     console = _console()
-    console.print(plan_table(planned, rate, console.width))
+    console.print(plan_table(planned, speed, console.width))
 
 
 @app.command()
@@ -292,7 +296,7 @@ def bench(
         f"gradient; {found.calls_per_second:.0f} per second, a backward counted as two more\n"
         f"FLOP: {found.flops_per_call:.3g} per call, {found.flops_per_second:.3g} per second of the epoch\n"
         f"The network alone would take {found.bare:.2f} s: update efficiency {found.efficiency:.2f}{memory}\n"
-        f"Forecast: ablate plan {grid} --rate {found.calls_per_second:.0f}"
+        f"Forecast of the grid: ablate bench {grid} --json > bench.json; ablate plan {grid} --bench bench.json"
     )
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -13,23 +17,52 @@ from rich.text import Text
 from ablate.part import COMPONENT_AXES
 from ablate.passes import Passes, passes
 from ablate.plan import FORMAT, Cell, Plan
-from ablate.source import as_yaml, counted
+from ablate.source import InputError, as_yaml, counted, read_text
 
 WITH_RECIPES = 110  # columns of a terminal that leave room for one more
+CHECKPOINTED = 5  # times the trained weights: current, old, average, and Adam's two moments
 WIDEST = 20  # characters of a word that a column always has room for; longer names of one's own classes fold
 
 
-def device_hours(cell: Cell, cost: Passes, rate: float | None) -> float | None:
-    """Hours of one device until the cell's budget is spent; None without a rate if only epochs bound it."""
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a bench has measured on one device."""
+
+    seconds_per_call: float  # of the network; a call with gradient counts three
+    seconds_per_image: float = 0.0  # of everything else: decoding, reward, bookkeeping
+    trained_bytes: int | None = None  # of the weights that a finished cell keeps
+
+
+def read_bench(path: Path) -> Speed:
+    """The result of `ablate bench --json`. Raises InputError where it is none."""
+    try:
+        found = json.loads(read_text(path))
+        return Speed(**{field.name: found[field.name] for field in dataclasses.fields(Speed)})
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise InputError(f"{path}: not the result of `ablate bench GRID --json`") from None
+
+
+def device_hours(cell: Cell, cost: Passes, speed: Speed | None) -> float | None:
+    """Hours of one device until the cell's budget is spent; None without a speed if only epochs bound it."""
     budget, rollout = cell.recipe.budget, cell.recipe.rollout
     limits = [] if budget.device_hours is None else [budget.device_hours]
-    if rate is not None and budget.epochs is not None:
-        calls = budget.epochs * rollout.num_groups * rollout.group_size * cost.nfe
-        limits.append(calls / rate / 3600)
+    if speed is not None and budget.epochs is not None:
+        images = budget.epochs * rollout.num_groups * rollout.group_size
+        limits.append(images * (cost.nfe * speed.seconds_per_call + speed.seconds_per_image) / 3600)
     return min(limits) if limits else None
 
 
-def plan_json(plan: Plan, rate: float | None) -> dict[str, Any]:
+def disk(plan: Plan, speed: Speed) -> str:
+    """What the grid leaves on disk, in words: weights of finished cells, and checkpoints of those at work."""
+    trained = speed.trained_bytes or 0
+    kept = sum(cell.recipe.export_weights for cell in plan.cells) * trained
+    return (
+        f"Disk: {kept / 2**30:.2g} GiB for the weights of all cells, and {2 * CHECKPOINTED * trained / 2**30:.2g} GiB "
+        f"for the two checkpoints of each cell at work."
+    )
+
+
+def plan_json(plan: Plan, speed: Speed | None) -> dict[str, Any]:
     """The plan as `ablate plan --json` prints it; other tools rely on these names."""
     cells = []
     for cell in plan.cells:
@@ -40,7 +73,7 @@ def plan_json(plan: Plan, rate: float | None) -> dict[str, Any]:
                 "rollout_forwards": cost.rollout,
                 "forwards": cost.forward,
                 "backwards": cost.backward,
-                "device_hours": device_hours(cell, cost, rate),
+                "device_hours": device_hours(cell, cost, speed),
             }
         )
     return {
@@ -51,7 +84,7 @@ def plan_json(plan: Plan, rate: float | None) -> dict[str, Any]:
     }
 
 
-def plan_table(plan: Plan, rate: float | None, width: int = 80) -> Group:
+def plan_table(plan: Plan, speed: Speed | None, width: int = 80) -> Group:
     """The plan for people: one row per combination, with its seeds, network calls per image and device-hours.
 
     Values of recipe axes stand above a table of their own, so that 80 columns are enough; recipes are a column where
@@ -62,8 +95,8 @@ def plan_table(plan: Plan, rate: float | None, width: int = 80) -> Group:
     for cell in plan.cells:
         rows = settings.setdefault(_axes({k: v for k, v in cell.axes.items() if k not in in_rows}), {})
         rows.setdefault(str([_named(cell, name) for name in ("recipe", *COMPONENT_AXES)]), []).append(cell)
-    tables = [_table(axes, list(rows.values()), rate, bool(in_rows)) for axes, rows in settings.items()]
-    hours = [device_hours(cell, passes(cell), rate) for cell in plan.cells]
+    tables = [_table(axes, list(rows.values()), speed, bool(in_rows)) for axes, rows in settings.items()]
+    hours = [device_hours(cell, passes(cell), speed) for cell in plan.cells]
     num_seeds = len({cell.seed for cell in plan.cells})
     lines = [
         f"{counted(len(plan.cells), 'cell')}: {counted(sum(map(len, settings.values())), 'combination')}, "
@@ -71,10 +104,12 @@ def plan_table(plan: Plan, rate: float | None, width: int = 80) -> Group:
         "Network calls are per trained image: of the rollout, then of updates without and with gradient.",
     ]
     if None in hours:
-        lines.append("Hours need a rate: --rate CALLS_PER_SECOND, or --calibrate to measure it here.")
+        lines.append("Hours need a speed: --bench FILE, --rate CALLS_PER_SECOND, or --calibrate to measure it here.")
     else:
         total = sum(filter(None, hours))
         lines.append(f"Hours are of one cell on one device; {total:.1f} device-hours in all, without evaluation.")
+    if speed is not None and speed.trained_bytes is not None:
+        lines.append(disk(plan, speed))
     return Group(*tables, Text("\n".join(lines)), *_excluded(plan))
 
 
@@ -87,7 +122,7 @@ def _named(cell: Cell, name: str) -> str:
     return str(cell.axes.get("recipe", "")) if name == "recipe" else getattr(cell, name)
 
 
-def _table(axes: str, rows: list[list[Cell]], rate: float | None, with_recipe: bool) -> Group:
+def _table(axes: str, rows: list[list[Cell]], speed: Speed | None, with_recipe: bool) -> Group:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     names = [*(["recipe"] if with_recipe and "recipe" in rows[0][0].axes else []), *COMPONENT_AXES]
     for name in names:
@@ -98,7 +133,7 @@ def _table(axes: str, rows: list[list[Cell]], rate: float | None, with_recipe: b
         table.add_column(name, justify="right", no_wrap=True)
     for cells in rows:
         cell, cost = cells[0], passes(cells[0])
-        hours = device_hours(cell, cost, rate)
+        hours = device_hours(cell, cost, speed)
         table.add_row(
             *(_named(cell, name) for name in names),
             str(len(cells)),

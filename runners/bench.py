@@ -35,6 +35,9 @@ class Bench(BaseModel):
     flops_per_second: float  # over the whole epoch
     bare: float  # of the network calls that the plan needs, at the same batches, and nothing else
     efficiency: float  # bare / epoch
+    seconds_per_call: float  # of the network alone
+    seconds_per_image: float  # of all but the network
+    trained_bytes: int
     peak_memory: int | None  # bytes on the device; None on the CPU
 
 
@@ -82,6 +85,9 @@ def _measure(run: Run) -> Bench:
         flops_per_second=flops * calls / epoch,
         bare=bare,
         efficiency=bare / epoch,
+        seconds_per_call=bare / calls,
+        seconds_per_image=max(0.0, epoch - bare) / images,
+        trained_bytes=4 * sum(p.numel() for p in run.policy.trainable),
         peak_memory=torch.cuda.max_memory_allocated() if cuda else None,
     )
 

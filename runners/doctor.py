@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from ablate.components import build
+from ablate.forecast import CHECKPOINTED
 from ablate.geometry import possible_devices
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
@@ -27,7 +28,6 @@ from runners.train import train_epoch
 
 LATENT_MULTIPLE = 16  # pixels of one patch of latents: the autoencoder's 8, times a patch of 2
 FREE = 0.92  # of a device's memory; the rest is its context, and holes between tensors
-COPIES = 3 + 2  # of the trained weights in a checkpoint: current, old, average, and Adam's two moments
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _disk(cells: Sequence[Cell], results: Path, run: Run | None) -> Finding:
         return Finding("ok", f"{free / 2**30:.0f} GiB free at {home}")
     trained = 4 * sum(p.numel() for p in run.policy.trainable)
     kept = sum(cell.recipe.export_weights for cell in cells) * trained
-    needed = kept + 2 * COPIES * trained
+    needed = kept + 2 * CHECKPOINTED * trained
     text = f"{needed / 2**30:.2f} GiB for weights and checkpoints, {free / 2**30:.0f} GiB free at {home}"
     if needed < 0.9 * free:
         return Finding("ok", text)

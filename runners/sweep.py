@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console, Group
 from rich.text import Text
 
@@ -152,9 +151,7 @@ def process_environments(slot: int, workers: int, processes: int) -> list[dict[s
     an epoch takes longer.
     """
     visible: dict[str, str] = {}
-    if workers > 1 and (num_devices := torch.cuda.device_count()):
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = given.split(",") if given else [str(i) for i in range(num_devices)]
+    if workers > 1 and (devices := _gpus()):
         own = [devices[(slot * processes + rank) % len(devices)] for rank in range(processes)]
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(own)}
     if processes == 1:
@@ -165,6 +162,14 @@ def process_environments(slot: int, workers: int, processes: int) -> list[dict[s
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **visible}
     sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return [{**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    from torch.cuda import device_count  # noqa: PLC0415  (plans and tables start without torch)
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(device_count())]
 
 
 def _ended(cell: _Running) -> bool:

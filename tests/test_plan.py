@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from ablate.components import build
-from ablate.forecast import plan_json, plan_table
+from ablate.forecast import Speed, plan_json, plan_table, read_bench
 from ablate.grid import load_grid
 from ablate.passes import Passes, passes
 from ablate.plan import Cell, Plan, make_plan
@@ -58,7 +58,7 @@ def planned(tmp_path: Path) -> Any:
     return plan
 
 
-GOLDEN = ["grpo-elbo-simple-sde-s0-d1578de2", "grpo-trajectory-sde-s0-f19b11f0"]
+GOLDEN = ["grpo-elbo-simple-sde-s0-5e216d69", "grpo-trajectory-sde-s0-715b7879"]
 
 
 def ids(plan: Plan) -> set[str]:
@@ -266,7 +266,7 @@ def test_a_backward_counts_as_much_in_the_plan_as_in_the_ledger() -> None:
 
 def test_json_is_what_other_tools_rely_on(planned: Any) -> None:
     plan = planned(estimator="[elbo, trajectory]", sampler="[ode]", axes="kl.coef: [0.5]", seeds="[0, 1]")
-    document = json.loads(json.dumps(plan_json(plan, rate=None)))
+    document = json.loads(json.dumps(plan_json(plan, None)))
     assert (document["format"], document["grid"], len(document["cells"])) == (1, "g", 2)
     assert document["cells"][1] == {
         "id": plan.cells[1].id,
@@ -308,13 +308,34 @@ def test_device_hours_end_with_whichever_budget_comes_first(
     planned: Any, budget: str, rate: float | None, hours: float | None
 ) -> None:
     plan = planned("[reinforce]", override=f"{{budget: {budget}}}")
-    assert plan_json(plan, rate)["cells"][0]["device_hours"] == pytest.approx(hours)
+    assert plan_json(plan, speed_of(rate))["cells"][0]["device_hours"] == pytest.approx(hours)
+
+
+def speed_of(rate: float | None) -> Speed | None:
+    return None if rate is None else Speed(seconds_per_call=1 / rate)
+
+
+def test_a_bench_forecasts_hours_and_disk(planned: Any, tmp_path: Path) -> None:
+    plan = planned("[reinforce]", override="{budget: {epochs: 5}}")
+    measured = {"seconds_per_call": 0.1, "seconds_per_image": 2.0, "trained_bytes": 2**30, "efficiency": 0.9}
+    (tmp_path / "bench.json").write_text(json.dumps(measured))
+    speed = read_bench(tmp_path / "bench.json")
+    hours = 5 * 48 * 24 * ((10 + 27) * 0.1 + 2) / 3600
+    assert plan_json(plan, speed)["cells"][0]["device_hours"] == pytest.approx(hours)
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(plan_table(plan, speed))
+    weights = len(plan.cells)
+    assert f"Disk: {weights} GiB for the weights of all cells, and 10 GiB for the two checkpoints" in captured.get()
+    (tmp_path / "bench.json").write_text("{}")
+    with pytest.raises(InputError, match="not the result of `ablate bench"):
+        read_bench(tmp_path / "bench.json")
 
 
 def shown(plan: Plan, rate: float | None, width: int = 80) -> str:
     console = Console(width=width)
     with console.capture() as captured:
-        console.print(plan_table(plan, rate, width))
+        console.print(plan_table(plan, speed_of(rate), width))
     return captured.get()
 
 

@@ -451,7 +451,7 @@ def test_the_processes_of_a_cell_know_each_other_and_their_devices(
     script(folder / "fake", f'echo "{words}" > "$4/rank-$RANK"; echo $MASTER_PORT > "$4/port-$RANK"', monkeypatch)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sweep, "_gpus", lambda: ["0", "1", "2", "3"])
     run_cells(folder, [FIRST, SECOND], workers=2, processes=2, console=console())
     for cell, devices in ((FIRST, "0,1"), (SECOND, "2,3")):
         told = [(folder / cell.id / f"rank-{rank}").read_text().strip() for rank in (0, 1)]
