@@ -35,10 +35,13 @@ class Results:
 
     grid: str
     folder: Path
-    cells: pd.DataFrame  # columns _CELLS, and seconds x devices or counts by cost/<phase>; NaN while without a record
+    cells: (
+        pd.DataFrame
+    )  # columns _CELLS, recipe_axes, and seconds x devices or counts by cost/<phase>; NaN without a record
     metrics: pd.DataFrame  # columns _METRICS
     excluded: pd.DataFrame  # columns KEYS, reason
     order: Mapping[str, Sequence[str]]  # the values of each component axis as the grid lists them
+    recipe_axes: tuple[str, ...]  # dotted paths; together they are the key `axes`
     listed: bool  # single combinations, not a product of axes
     strays: tuple[str, ...]  # folders of cells that the plan does not hold
 
@@ -75,19 +78,21 @@ def load(folder: Path) -> Results:
     except ValidationError as error:
         raise _damaged(path, error) from None
     planned = {cell.id for cell in plan.cells}
+    fields = tuple(dict.fromkeys(field for cell in plan.cells for field in cell.axes))
     names = _short_names(plan.cells) if plan.listed else {cell.id: " · ".join(_parts(cell)) for cell in plan.cells}
     return Results(
         grid=plan.grid,
         folder=folder,
         cells=pd.DataFrame(
             [_cell(cell, names[cell.id], folder / cell.id) for cell in plan.cells],
-            columns=[*_CELLS, *(f"cost/{phase}" for phase in PHASES)],
+            columns=[*_CELLS, *fields, *(f"cost/{phase}" for phase in PHASES)],
         ),
         metrics=pd.DataFrame(
             [row for cell in plan.cells for row in _metrics(cell.id, folder / cell.id)], columns=_METRICS
         ).astype({"epoch": int, "device_hours": float, "nfe": float, "value": float}),
         excluded=pd.DataFrame([_excluded(e) for e in plan.excluded], columns=[*KEYS, "reason"]),
         order=plan.order,
+        recipe_axes=fields,
         listed=plan.listed,
         strays=tuple(sorted(p.parent.name for p in folder.glob("*/cell.json") if p.parent.name not in planned)),
     )
@@ -140,6 +145,7 @@ def _cell(planned: _Planned, name: str, folder: Path) -> dict[str, Any]:
             raise InputError(f"{folder}: holds the cell {found.id!r}; was the folder renamed or copied?")
     return {
         **dict(zip(KEYS, [*_parts(planned)[:3], axes_label(planned.axes)], strict=True)),
+        **{field: str(value) for field, value in planned.axes.items()},
         "id": planned.id,
         "configuration": name,
         "seed": planned.seed,
