@@ -58,6 +58,7 @@ def profiles(runs: pd.DataFrame, axes: Sequence[str], axis: str, value: str = "f
     for level, group in kept.groupby(axis, sort=False):
         strata = [cell[value].to_numpy(float) for _, cell in group.groupby("configuration", sort=False)]
         estimate, low, high = stratified(strata, above)
+        low, high = low.clip(0, 1), high.clip(0, 1)
         columns = {"level": level, "tau": taus, "share": estimate, "low": low, "high": high}
         frames.append(pd.DataFrame({**columns, "configurations": len(strata), "runs": sum(map(len, strata))}))
     return pd.concat(frames, ignore_index=True)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ablate.lock import is_locked
 from ablate.plan import Cell, Excluded
 from ablate.record import Ledger, Record, Status, read_json, read_metrics, read_record
-from ablate.source import InputError, choices
+from ablate.source import InputError, as_yaml, choices
 
 KEYS = ["objective", "estimator", "sampler", "axes"]  # together they are a configuration; a seed makes it a cell
 FINISHED = (Status.DONE.value, Status.DIVERGED.value)  # statuses whose last evaluation is the cell's result
@@ -26,6 +26,7 @@ STATUSES = (
 )
 PHASES = tuple(Ledger.model_fields)
 _CELLS = ["id", *KEYS, "configuration", "seed", "status", "message", "attempts", "device", "num_prompts"]
+_CELLS += ["model", "reward"]
 _METRICS = ["id", "epoch", "device_hours", "nfe", "metric", "value"]
 
 
@@ -150,6 +151,8 @@ def _cell(planned: _Planned, name: str, folder: Path) -> dict[str, Any]:
         "configuration": name,
         "seed": planned.seed,
         "num_prompts": spec.recipe.evaluation.num_prompts if spec else None,
+        "model": spec.recipe.model.path if spec else None,
+        "reward": as_yaml(spec.recipe.reward) if spec else None,
         **_ending(record, folder),
     }
 
