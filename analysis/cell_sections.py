@@ -22,13 +22,10 @@ _SECONDS = [phase for phase in PHASES if phase not in ("forwards", "backwards")]
 
 def cell_sections(results: Results, metric: str | None, unit: Unit) -> str:
     """A section that unfolds for every configuration of the plan."""
-    rows = (
-        effects.evaluations(results.cells, results.metrics, metric) if metric else pd.DataFrame(columns=["id", "value"])
-    )
-    curves = {
-        id: (curve[unit.column].to_numpy(float), curve["value"].to_numpy(float)) for id, curve in rows.groupby("id")
-    }
-    span = (rows[unit.column].max(), rows["value"].min(), rows["value"].max()) if len(rows) else (1.0, 0.0, 1.0)
+    rows = effects.evaluations(results.cells, results.metrics, metric or "")
+    x = unit.column
+    curves = {id: (curve[x].to_numpy(float), curve["value"].to_numpy(float)) for id, curve in rows.groupby("id")}
+    span = (rows[x].max(), rows["value"].min(), rows["value"].max()) if len(rows) else (1.0, 0.0, 1.0)
     sections = []
     for name, cells in results.cells.groupby("configuration", sort=False):
         states = ", ".join(f"{n} {str(s).replace('_', ' ')}" for s, n in cells["status"].value_counts().items())
@@ -40,16 +37,8 @@ def cell_sections(results: Results, metric: str | None, unit: Unit) -> str:
 def _seeds(
     cells: pd.DataFrame, curves: dict[str, tuple[Array, Array]], span: tuple[float, float, float], unit: Unit
 ) -> str:
-    head = [
-        "cell",
-        "status",
-        "curve",
-        "last",
-        unit.short,
-        "network calls",
-        *(f"{phase}, s" for phase in _SECONDS),
-        "message",
-    ]
+    ledger = [f"{phase}, s" for phase in _SECONDS]
+    head = ["cell", "status", "curve", "last", unit.short, "network calls", *ledger, "message"]
     body = []
     for _, cell in cells.iterrows():
         x, value = curves.get(cell["id"], (np.array([]), np.array([])))
@@ -65,7 +54,7 @@ def _seeds(
 
 
 def sparkline(x: Array, value: Array, span: tuple[float, float, float], width: int = 120, height: int = 28) -> str:
-    """A small curve as SVG; all cells of a page have the same axes, `span` is the largest x, lowest and highest value."""
+    """A small curve as SVG; `span` is the largest x, the lowest and the highest value of all cells of the page."""
     if not len(x):
         return ""
     most, low, high = span
@@ -95,9 +84,8 @@ def _recipe(results: Results, cells: pd.DataFrame) -> str:
     """The resolved cell of the first seed that was started, as YAML."""
     for id in cells["id"]:
         if (results.folder / id / "cell.json").exists():
-            content = read_cell(results.folder / id).model_dump(
-                mode="json", include={"components", "recipe", "versions"}
-            )
+            cell = read_cell(results.folder / id)
+            content = cell.model_dump(mode="json", include={"components", "recipe", "versions"})
             text = StringIO()
             yaml = YAML()
             yaml.default_flow_style = False

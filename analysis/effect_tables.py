@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis import arrival, hacking, levels, pairs, ranks
 from analysis.factorial import shares
-from analysis.load import Results
+from analysis.load import KEYS, Results
 from analysis.study import Study
 
 
@@ -16,21 +16,20 @@ def effect_tables(results: Results, study: Study) -> dict[str, pd.DataFrame]:
     runs, axes = study.runs, study.axes
     found = {
         "effects": _stack(
-            [shares(runs.dropna(subset=[r]), axes, r).assign(response=words) for r, words in study.responses().items()]
-        )
-        if study.separable
-        else pd.DataFrame(),
+            [
+                shares(runs.dropna(subset=[response]), axes, response).assign(response=words)
+                for response, words in study.responses().items()
+                if study.separable
+            ]
+        ),
         "levels": _stack([levels.means(runs, axes, axis, "final").assign(axis=axis) for axis in axes]),
         "pairs": _stack([pairs.levels(runs, axes, axis, "final") for axis in axes]),
         "ranks": ranks.stability(results.cells, results.metrics, study.metric, study.unit.column),
-        "hacking": hacking.changes(results.cells, results.metrics).drop(
-            columns=["objective", "estimator", "sampler", "axes"]
-        ),
+        "hacking": hacking.changes(results.cells, results.metrics).drop(columns=KEYS),
     }
     if study.arrives:
-        found["time-to-target"] = arrival.times_to_target(study.times, study.end).drop(columns="configuration")
-        times = study.times.merge(runs[["id", *(axis for axis in axes if axis not in study.times)]], on="id")
-        found["ratios"] = _stack([arrival.ratios(times, axes, axis, study.end) for axis in axes])
+        found["time-to-target"] = arrival.times_to_target(study.times, study.end).drop(columns=KEYS)
+        found["ratios"] = _stack([arrival.ratios(study.times, axes, axis, study.end) for axis in axes])
     return {name: frame for name, frame in found.items() if len(frame)}
 
 

@@ -45,11 +45,11 @@ def shares(runs: pd.DataFrame, axes: Sequence[str], value: str) -> pd.DataFrame:
         return pd.DataFrame(columns=["term", "df", "eta2", "omega2", "low", "high"])
     means, within, noise_df = _means_and_noise(runs, shape, value)
     n = len(means) / (1 / shape.num_seeds).sum()  # harmonic mean
-    forms = projections(shape)
-    squares = {term: n * float(means @ form @ means) for term, (form, _) in forms.items()}
+    forms = {term: part for term, part in projections(shape).items() if term != REST or part[1]}
+    squares = {term: max(0.0, n * float(means @ form @ means)) for term, (form, _) in forms.items()}
     dfs = {term: df for term, (_, df) in forms.items()}
     if not shape.replicated:
-        within, noise_df = squares.pop(REST), dfs.pop(REST)
+        within, noise_df = squares.pop(REST, 0.0), dfs.pop(REST, 0)
         squares[ALL], dfs[ALL] = squares[ALL] - within, dfs[ALL] - noise_df
     rows = []
     for term, df in dfs.items():

@@ -75,7 +75,7 @@ def _axes(study: Study) -> list[str]:
         parts[1:] = [part.replace("explains ", "") for part in parts[1:]]
         crossed = found[found.index.str.contains(" x ") & (found["low"] > 0)]
         parts += [f"the interaction {term} {percent(row)}" for term, row in crossed.iterrows()]
-        rest = f"and seeds {percent(found.loc[SEEDS])}" if SEEDS in found.index else ""
+        rest = f"and {'seeds' if shape.replicated else 'noise'} {percent(found.loc[SEEDS])}"
         label = metric_label(study.metric)
         sentences.append(f"Of the variance of the {words} ({label}), {', '.join(parts)}, {rest}; {seeds}.")
     alike = [
@@ -128,10 +128,8 @@ def _times(study: Study) -> list[str]:
     )
     sentences = [f"Target {study.target:.3g} ({how}): reached by {arrived} within {_time(study.end, study)}."]
     for axis in study.axes:
-        found = arrival.ratios(
-            study.times.merge(study.runs[["id", *_extra(study)]], on="id"), study.axes, axis, study.end
-        )
-        slower = found[(found["ratio"] > 1) & (found["low"].isna() | (found["low"] > 1))]
+        found = arrival.ratios(study.times, study.axes, axis, study.end)
+        slower = found[(found["low"] > 1) | (found["bound"] & (found["ratio"] > 1.2))]
         fastest = slower.groupby("second").size()
         if slower.empty:
             continue
@@ -143,10 +141,6 @@ def _times(study: Study) -> list[str]:
         ]
         sentences.append(f"{axis}: to the target, {', '.join(parts)} as long as {reference}.")
     return sentences
-
-
-def _extra(study: Study) -> list[str]:
-    return [axis for axis in study.axes if axis not in study.times]
 
 
 def _time(hours: float, study: Study) -> str:

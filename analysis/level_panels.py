@@ -31,16 +31,8 @@ def level_panels(results: Results, study: Study) -> Figure:
         upper.legend(loc="upper left", fontsize=7.5, handlelength=2.4, borderaxespad=0.2, labelspacing=0.3)
         number = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
         text = f"{number} configuration{'' if number == '1' else 's'} each"
-        upper.annotate(
-            text,
-            (1, 0),
-            (0, 3),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            ha="right",
-            fontsize=7,
-            color=MUTED,
-        )
+        place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right"}
+        upper.annotate(text, (1, 0), (0, 3), fontsize=7, color=MUTED, **place)
     low, high = axes[0, 0].get_ylim()
     most = max(len(values(results, axis)) for axis in study.axes)
     axes[0, 0].set_ylim(low, high + 0.09 * most * (high - low))  # room for the legends

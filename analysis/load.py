@@ -106,7 +106,7 @@ def axes_label(axes: Mapping[str, Any]) -> str:
 
 def values(results: Results, axis: str) -> list[str]:
     """The values of an axis that cells or excluded combinations have, in the order of the grid."""
-    present = list(dict.fromkeys([*results.cells[axis], *results.excluded[axis]]))
+    present = list(dict.fromkeys([*results.cells[axis], *results.excluded.get(axis, [])]))
     listed = list(results.order.get(axis, ()))
     return sorted(present, key=lambda value: listed.index(value) if value in listed else len(listed))
 

@@ -15,7 +15,8 @@ from analysis.cell_sections import embedded
 from analysis.load import PHASES, STATUSES, Results
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; }
+body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .lead { font-size: 1.1rem; } figcaption, .note { color: #555; font-size: .9rem; } li { margin: .3rem 0; }
 figure { margin: 1.5rem 0; overflow-x: auto; } figure img { max-width: 100%; height: auto; }
@@ -31,8 +32,8 @@ pre { background: #f6f6f6; padding: .8rem; font-size: .8rem; overflow-x: auto; }
 
 
 _BRACKETS = (
-    "Brackets: 95 % interval of the mean over the n finished seeds. It covers the seeds, not the choice of held-out prompts. "
-    "Gain: last evaluation minus epoch 0 of the same cell, same prompts and noise."
+    "Brackets: 95 % interval of the mean over the n finished seeds. It covers the seeds, not the choice of held-out "
+    "prompts. Gain: last evaluation minus epoch 0 of the same cell, same prompts and noise."
 )
 _HOW = (
     '<p class="note">Brackets are 95 % intervals over seeds; how each is computed, and where it fails, is in '
@@ -52,9 +53,9 @@ def page(
 ) -> str:
     """One file: findings, figures, tables, cells.
 
-    `pictures` are PNG files with their captions; `shown` is the table of results in words; `said` are findings; `tables`
-    are more of them by name: title, frame in words, footnotes; `files` are the names of files beside the page; `sections`
-    is the HTML of the cells.
+    `pictures` are PNG files with their captions; `shown` is the table of results in words; `said` are findings;
+    `tables` are more of them by name: title, frame in words, footnotes; `files` are the names of files beside the page;
+    `sections` is the HTML of the cells.
     """
     parts = [f"<h1>{escape(results.grid)}</h1>", f'<p class="lead">{escape(sentence(results))}</p>']
     if said:
@@ -76,7 +77,8 @@ def page(
         parts.append(f"<h2>Cells</h2>\n{sections}")
     body = "\n".join(part for part in parts if part)
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(results.grid)}: report</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{escape(results.grid)}: report</title>\n"
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n'
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )

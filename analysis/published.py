@@ -114,7 +114,9 @@ def compare(results: Results, name: str, published: Published) -> Comparison | N
     measured_columns = [column for column, metric in published.columns.items() if metric in tables]
     for column in published.columns:
         part = frame[frame["column"] == column].reset_index(drop=True)
-        shown[column] = ["" if pd.isna(value) else f"{value:g}" for value in part["published"]]
+        decimals = [len(str(value).partition(".")[2]) for value in part["published"].dropna()]
+        digits = max(decimals, default=0)  # as many as are printed there
+        shown[column] = ["" if pd.isna(value) else f"{value:.{digits}f}" for value in part["published"]]
         if column in measured_columns:
             shown[f"{column} here"] = [_measured(row) for _, row in part.iterrows()]
     best = frozenset(
@@ -131,7 +133,7 @@ def _configuration(results: Results, match: dict[str, str]) -> str | None:
             found = cells[axis].astype(str)
             cells = cells[(found == value) | found.str.startswith(f"{value} ")]  # `ode` is `ode solver=dpm2` too
         else:
-            cells = cells[[_fixed(results, id, axis) == value for id in cells["id"]]]
+            cells = cells.loc[[_fixed(results, id, axis) == value for id in cells["id"]]]
     names = cells["configuration"].unique() if match else []
     return str(names[0]) if len(names) == 1 else None
 
@@ -172,6 +174,6 @@ def _here(results: Results) -> str:
         said[name] = " or ".join(value.removesuffix(".0") for value in found) or "unknown"
     return (
         f"Here: model {said['model']}, reward {said['reward']}, {said['num_prompts']} held-out prompts, "
-        f"{counted(results.cells['seed'].nunique(), 'seed')}; mean of the last evaluation with its 95 % interval. Values of "
-        "another model or reward are not comparable with published ones; orders and differences may be."
+        f"{counted(results.cells['seed'].nunique(), 'seed')}; mean of the last evaluation with its 95 % interval. "
+        "Values of another model or reward are not comparable with published ones; orders and differences may be."
     )

@@ -56,6 +56,7 @@ def study(results: Results, metric: str, unit: Unit, target: float | None = None
     times = arrival.arrivals(cells, metrics, metric, goal, unit.column)
     reached = np.isfinite(goal) and times["arrived"].any()
     end = arrival.horizon(times) if reached else np.nan
+    times = times.merge(cells[["id", *results.recipe_axes]], on="id")
     runs = measures.areas(cells, metrics, metric, unit.column)
     runs["restricted"] = np.nan
     if reached:
