@@ -35,9 +35,14 @@ def intervals(samples: Sequence[Array], level: float = 0.95) -> tuple[Array, Arr
 
 
 def half_widths(variance: Array, n: Array, level: float = 0.95) -> Array:
-    """Half the interval of a mean over n seeds with these variances; NaN where there is none."""
+    """Half the interval of a mean over n seeds with these variances; NaN where there is none.
+
+    Seeds that all agree, as shares of a few prompts may, say nothing of their spread: without variances to borrow from
+    they have no interval, rather than one of no width.
+    """
     moderated, df = moderate(variance, np.asarray(n, float) - 1)
-    half: Array = stats.t.ppf((1 + level) / 2, np.where(df > 0, df, np.nan)) * np.sqrt(moderated / np.maximum(n, 1))
+    known = (df > 0) & (moderated > 0)
+    half: Array = stats.t.ppf((1 + level) / 2, np.where(known, df, np.nan)) * np.sqrt(moderated / np.maximum(n, 1))
     return half
 
 
@@ -61,9 +66,10 @@ def moderate(variance: Array, df: Array) -> tuple[Array, Array]:
     if usable.sum() < FEWEST:
         return np.array(variance, float), np.array(df, float)
     prior, prior_df = _prior(variance[usable], df[usable])
-    weight = 1.0 if np.isinf(prior_df) else prior_df / (prior_df + df[usable])
-    moderated[usable] = weight * prior + (1 - weight) * variance[usable]
-    moderated_df[usable] = np.minimum(prior_df + df[usable], df[usable].sum())
+    lent = usable | ((df > 0) & (variance == 0))
+    weight = 1.0 if np.isinf(prior_df) else prior_df / (prior_df + df[lent])
+    moderated[lent] = weight * prior + (1 - weight) * variance[lent]
+    moderated_df[lent] = np.minimum(prior_df + df[lent], df[usable].sum())
     return moderated, moderated_df
 
 

@@ -130,7 +130,7 @@ def result_text(row: pd.Series) -> str:
     others = "" if row["states"] == f"{row['planned']} done" else f" ({row['states']})"
     if not row["n"]:
         return str(row["states"])
-    interval = f" [{row['final_low']:.3f}, {row['final_high']:.3f}]" if row["n"] > 1 else ""
+    interval = f" [{row['final_low']:.3f}, {row['final_high']:.3f}]" if row["final_low"] == row["final_low"] else ""
     return f"{row['final']:.3f}{interval}, n = {row['n']}{others}"
 
 

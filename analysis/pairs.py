@@ -80,10 +80,10 @@ def _mean(differences: list[Array]) -> dict[str, float]:
     if not used:
         return {"difference": np.nan, "low": np.nan, "high": np.nan}
     mean, n = float(np.mean([d.mean() for d in used])), np.array([len(d) for d in used])
-    if (n < 2).any():
+    if (n < 2).any() or all(np.ptp(d) == 0 for d in used):
         return {"difference": mean, "low": np.nan, "high": np.nan}
     error = np.array([d.var(ddof=1) for d in used]) / n
-    df = welch_df(error, n - 1) if error.any() else np.inf
+    df = welch_df(error, n - 1)
     half = stats.t.ppf(0.975, df) * np.sqrt(error.sum()) / len(used)
     return {"difference": mean, "low": mean - half, "high": mean + half}
 

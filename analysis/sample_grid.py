@@ -33,7 +33,7 @@ def sample_grid(rows: list[tuple[str, Path]]) -> Figure:
     first = shown[0][1].with_name("before.png")
     pictures = [("base model", first), *shown] if first.exists() else shown
     tile = 0.74  # inches
-    label = 0.066 * max(len(name) for name, _ in pictures)
+    label = 0.2 + 0.07 * max(len(name) for name, _ in pictures)
     figure = Figure(figsize=(label + COLUMNS * tile, 0.5 + tile * len(pictures)), layout="constrained")
     axes = figure.subplots(len(pictures), 1, squeeze=False)[:, 0]
     for ax, (name, path) in zip(axes, pictures, strict=True):

@@ -52,6 +52,16 @@ def test_very_unequal_variances_stay_as_they_are() -> None:
     assert (df < 4.5).all()
 
 
+def test_seeds_that_agree_have_no_interval_of_no_width() -> None:
+    _, low, _ = intervals([np.array([0.5, 0.5]), np.array([0.4, 0.6])])
+    assert np.isnan(low[0])
+    assert low[1] < 0.4
+    _, low, high = intervals([np.array([0.5, 0.5]), *RNG.normal(size=(20, 2))])
+    assert high[0] - low[0] > 1  # borrowed
+    grid = runs(*[("o", e, "s", seed, v) for e, v in (("a", 0.3), ("b", 0.2)) for seed in range(2)])
+    assert np.isnan(pairs.levels(grid, AXES, "estimator", "final")["low"].iloc[0])
+
+
 def test_one_seed_has_no_interval_and_none_no_mean() -> None:
     mean, low, high = intervals([np.array([0.5]), np.array([])])
     assert mean[0] == 0.5
