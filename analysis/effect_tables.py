@@ -29,6 +29,9 @@ def effect_tables(results: Results, study: Study) -> dict[str, pd.DataFrame]:
     }
     if study.arrives:
         found["time-to-target"] = arrival.times_to_target(study.times, study.end).drop(columns=KEYS)
+        calls = arrival.arrivals(results.cells, results.metrics, study.metric, study.target, "nfe")
+        nfe = arrival.times_to_target(calls, arrival.horizon(calls)).drop(columns=KEYS)
+        found["nfe-to-target"] = nfe.rename(columns={"time": "nfe", "low": "nfe_low", "high": "nfe_high"})
         found["ratios"] = _stack([arrival.ratios(study.times, axes, axis, study.end) for axis in axes])
     return {name: frame for name, frame in found.items() if len(frame)}
 

@@ -39,8 +39,9 @@ def sample_grid(rows: list[tuple[str, Path]]) -> Figure:
     for ax, (name, path) in zip(axes, pictures, strict=True):
         sheet = np.asarray(Image.open(path).convert("RGB"))
         ax.imshow(sheet[: sheet.shape[1] // COLUMNS], interpolation="nearest")
-        ax.set_axis_off()
-        ax.annotate(name, (-0.01, 0.5), xycoords="axes fraction", ha="right", va="center", fontsize=8, color=INK)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8, color=INK)
     for i, prompt in enumerate(prompts(first.with_suffix(".jsonl"))):
         axes[0].annotate(fill(prompt, 15), ((i + 0.5) / COLUMNS, 1.03), xycoords="axes fraction", ha="center",
                          va="bottom", fontsize=6, color=MUTED)  # fmt: skip

@@ -66,7 +66,7 @@ def test_one_seed_is_said_to_be_one(write: Writer) -> None:
 def test_effects_are_tables_too(write: Writer) -> None:
     results = grid(write)
     tables = effect_tables(results, study(results, ACCURACY, hours_unit(results)))
-    assert set(tables) == {"effects", "levels", "pairs", "ranks", "time-to-target", "ratios"}
+    assert set(tables) == {"effects", "levels", "pairs", "ranks", "time-to-target", "nfe-to-target", "ratios"}
     words = in_words(tables["effects"])
     assert list(words["term"]) == ["objective", "estimator", "objective x estimator", "all axes together", "seeds"]
     assert words["final value"].str.contains(r"% \[").all()

@@ -170,7 +170,15 @@ def test_report_runs_without_torch(write: Writer) -> None:
     out = folder / "report"
     figures = ["overview", "time-to-target", "heatmap-accuracy", "curves-accuracy-hours", "curves-accuracy-nfe"]
     expected = {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")}
-    expected |= {"index.html", "table.csv", "table.md", "table.tex", "findings.md", "time-to-target.csv"}
+    expected |= {
+        "index.html",
+        "table.csv",
+        "table.md",
+        "table.tex",
+        "findings.md",
+        "time-to-target.csv",
+        "nfe-to-target.csv",
+    }
     assert {path.name for path in out.iterdir()} == expected
     assert {Path(path).name for path in done.stdout.split()} == expected
     html = (out / "index.html").read_text()
