@@ -188,11 +188,14 @@ def status(
 def report(
     results: Annotated[Path, typer.Argument(help="A grid's results, e.g. results/tiny")],
     out: Annotated[Path | None, typer.Option(help="Where to write; by default the folder report/ in it")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Held-out value that times are taken to; by default half of the best gain")
+    ] = None,
 ) -> None:
     """Draw figures and tables from a grid's results; needs no GPU, torch or server."""
     from analysis.report import write_report
 
-    for path in write_report(results, out):
+    for path in write_report(results, out, target):
         typer.echo(path)
 
 

@@ -7,7 +7,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import effects
 from analysis.overview import result_text
 from analysis.style import INK, MUTED, metric_label, overlay_looks
 
@@ -31,12 +30,11 @@ def dumbbells(table: pd.DataFrame, metric: str) -> Figure:
     ax.set_yticks(np.arange(len(rows)), rows["configuration"])
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=metric_label(metric))
     ax.grid(axis="y", visible=False)
-    several = effects.interval_name(table["n"].max()) if table["n"].max() > 1 else None
     handles = [
         Line2D([], [], linestyle="", marker="o", markerfacecolor="white", color=MUTED, label="base model"),
         Line2D([], [], linestyle="", marker="o", color=INK, label="after training"),
     ]
-    if several:
-        handles.append(Line2D([], [], linewidth=4, alpha=0.35, color=INK, label=several))
+    if table["n"].max() > 1:
+        handles.append(Line2D([], [], linewidth=4, alpha=0.35, color=INK, label="95 % interval over seeds"))
     figure.legend(handles=handles, loc="outside upper left", ncols=3)
     return figure

@@ -1,48 +1,20 @@
-"""Estimates with intervals: results of cells, gains over the base, means over seeds, curves on a common axis.
+"""Results of cells, gains over the base, means over seeds, and curves on a common axis. Frames -> frames.
 
-Interval: percentile bootstrap of the mean over seeds, 95 %. Up to 5 seeds all n^n resamples are enumerated, so the
-interval has no randomness of its own; with more, 4000 are drawn from a fixed seed. For 2 and 3 seeds it is their range,
-and is called so: it holds the true mean in 50 and 74 % of cases only (84 % with 5 seeds).
-It covers the seeds of training, not the choice of held-out prompts, which all cells share.
+Brackets: 95 % intervals by Student's t over the seeds of a configuration, with variances moderated over configurations
+(moderated.py). Bands around curves: percentile bootstrap (bootstrap.py), with 2 or 3 seeds their range, and called so.
+Both cover the seeds of training, not the choice of held-out prompts, which all cells share.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from analysis.bootstrap import bootstrap, iqm
 from analysis.load import FINISHED, KEYS
+from analysis.moderated import intervals
 
-Array = NDArray[np.float64]
 GROUP = [*KEYS, "configuration"]
-
-
-def bootstrap(samples: Array, level: float = 0.95) -> tuple[Array, Array]:
-    """Lower and upper end for the mean of samples [n, ...] over the first dimension; NaN for n = 1."""
-    n = len(samples)
-    if n == 1:
-        return np.full(samples.shape[1:], np.nan), np.full(samples.shape[1:], np.nan)
-    means = np.tensordot(shares(n), samples, axes=1)  # [resamples, ...]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0, method="inverted_cdf")
-    return low, high
-
-
-def interval_name(most_seeds: int) -> str:
-    """What an interval over so many seeds is to be called."""
-    return "range over seeds" if most_seeds <= 3 else "95 % bootstrap interval over seeds"
-
-
-def shares(n: int) -> Array:
-    """The share of each sample in each resample, [resamples, n]."""
-    if n <= 5:
-        picks = np.array(list(itertools.product(range(n), repeat=n)))
-    else:
-        picks = np.random.default_rng(0).integers(n, size=(4000, n))
-    shares: Array = (picks[:, :, None] == np.arange(n)).mean(1)
-    return shares
 
 
 def evaluations(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -76,31 +48,33 @@ def finals(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str) -> pd.DataFr
 def summary(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     """One row per configuration of the plan, finished or not: means with intervals over `n` finished seeds.
 
-    Columns: KEYS, configuration, planned, n, base, final, final_low, final_high, gain, gain_low, gain_high,
+    Columns: KEYS, configuration, planned, n, base, final, final_low, final_high, final_iqm, gain, gain_low, gain_high,
     device_hours, nfe (both means per cell), states: how many cells are in which status.
     """
     results = finals(cells, metrics, metric)
-    rows = []
+    rows, found = [], []
     for key, group in cells.groupby(GROUP, sort=False):
-        found = results[results["id"].isin(group["id"])]
+        own = results[results["id"].isin(group["id"])]
         counts = group["status"].value_counts()
         row: dict[str, object] = dict(zip(GROUP, key, strict=True))
-        row |= {"planned": len(group), "n": len(found), "base": found["base"].mean()}
-        for column in ("final", "gain"):
-            sample = found[column].dropna().to_numpy(float)
-            low, high = bootstrap(sample) if len(sample) else (np.array(np.nan), np.array(np.nan))
-            row |= {column: found[column].mean(), f"{column}_low": float(low), f"{column}_high": float(high)}
-        row |= {"device_hours": found["device_hours"].mean(), "nfe": found["nfe"].mean()}
+        row |= {"planned": len(group), "n": len(own), "base": own["base"].mean()}
+        row |= {"device_hours": own["device_hours"].mean(), "nfe": own["nfe"].mean()}
         row["states"] = ", ".join(f"{count} {str(status).replace('_', ' ')}" for status, count in counts.items())
         rows.append(row)
-    return pd.DataFrame(rows)
+        found.append(own)
+    table = pd.DataFrame(rows)
+    for column in ("final", "gain"):
+        samples = [own[column].dropna().to_numpy(float) for own in found]
+        table[column], table[f"{column}_low"], table[f"{column}_high"] = intervals(samples)
+        table[f"{column}_iqm"] = [float(iqm(sample)) if len(sample) else np.nan for sample in samples]
+    return table
 
 
 def curves(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str, x: str) -> pd.DataFrame:
     """Mean and interval over the finished seeds of each configuration at every `x` where one of them was evaluated.
 
     Between evaluations a seed is interpolated; after its last it keeps its result, so that n does not change along a
-    curve and its end is the mean in the table. Columns: configuration, x, mean, low, high, n.
+    curve and its end is the mean in the table. Columns: configuration, x, mean, iqm, low, high, n.
     """
     rows = evaluations(cells, metrics, metric)
     rows = rows[rows["status"].isin(FINISHED)]
@@ -109,9 +83,9 @@ def curves(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str, x: str) -> p
         grid = np.unique(group[x].to_numpy(float))
         seeds = [np.interp(grid, seed[x], seed["value"]) for _, seed in group.groupby("id", sort=False)]
         low, high = bootstrap(np.stack(seeds))
-        columns = {"x": grid, "mean": np.mean(seeds, axis=0), "low": low, "high": high}
+        columns = {"x": grid, "mean": np.mean(seeds, axis=0), "iqm": iqm(np.stack(seeds, -1)), "low": low, "high": high}
         frames.append(pd.DataFrame({"configuration": configuration, **columns, "n": len(seeds)}))
-    empty = pd.DataFrame(columns=["configuration", "x", "mean", "low", "high", "n"])
+    empty = pd.DataFrame(columns=["configuration", "x", "mean", "iqm", "low", "high", "n"])
     return pd.concat(frames, ignore_index=True) if frames else empty
 
 

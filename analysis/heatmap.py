@@ -102,7 +102,7 @@ def cell_text(row: pd.Series) -> tuple[str, list[str]]:
     states = [part for part in row["states"].split(", ") if not part.endswith(" done")]
     if not row["n"]:
         return "", states
-    interval = [f"[{row['final_low']:.3f}, {row['final_high']:.3f}]"] if row["n"] > 1 else []
+    interval = [f"[{row['final_low']:.3f}, {row['final_high']:.3f}]"] if row["final_low"] == row["final_low"] else []
     return f"{row['final']:.3f}", [*interval, f"n = {row['n']}", *states]
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ablate.lock import is_locked
 from ablate.plan import Cell, Excluded
 from ablate.record import Ledger, Record, Status, read_json, read_metrics, read_record
-from ablate.source import InputError, choices
+from ablate.source import InputError, as_yaml, choices
 
 KEYS = ["objective", "estimator", "sampler", "axes"]  # together they are a configuration; a seed makes it a cell
 FINISHED = (Status.DONE.value, Status.DIVERGED.value)  # statuses whose last evaluation is the cell's result
@@ -26,6 +26,7 @@ STATUSES = (
 )
 PHASES = tuple(Ledger.model_fields)
 _CELLS = ["id", *KEYS, "configuration", "seed", "status", "message", "attempts", "device", "num_prompts"]
+_CELLS += ["model", "reward"]
 _METRICS = ["id", "epoch", "device_hours", "nfe", "metric", "value"]
 
 
@@ -35,10 +36,13 @@ class Results:
 
     grid: str
     folder: Path
-    cells: pd.DataFrame  # columns _CELLS, and seconds x devices or counts by cost/<phase>; NaN while without a record
+    cells: (
+        pd.DataFrame
+    )  # columns _CELLS, recipe_axes, and seconds x devices or counts by cost/<phase>; NaN without a record
     metrics: pd.DataFrame  # columns _METRICS
     excluded: pd.DataFrame  # columns KEYS, reason
     order: Mapping[str, Sequence[str]]  # the values of each component axis as the grid lists them
+    recipe_axes: tuple[str, ...]  # dotted paths; together they are the key `axes`
     listed: bool  # single combinations, not a product of axes
     strays: tuple[str, ...]  # folders of cells that the plan does not hold
 
@@ -75,19 +79,21 @@ def load(folder: Path) -> Results:
     except ValidationError as error:
         raise _damaged(path, error) from None
     planned = {cell.id for cell in plan.cells}
+    fields = tuple(dict.fromkeys(field for cell in plan.cells for field in cell.axes))
     names = _short_names(plan.cells) if plan.listed else {cell.id: " · ".join(_parts(cell)) for cell in plan.cells}
     return Results(
         grid=plan.grid,
         folder=folder,
         cells=pd.DataFrame(
             [_cell(cell, names[cell.id], folder / cell.id) for cell in plan.cells],
-            columns=[*_CELLS, *(f"cost/{phase}" for phase in PHASES)],
+            columns=[*_CELLS, *fields, *(f"cost/{phase}" for phase in PHASES)],
         ),
         metrics=pd.DataFrame(
             [row for cell in plan.cells for row in _metrics(cell.id, folder / cell.id)], columns=_METRICS
         ).astype({"epoch": int, "device_hours": float, "nfe": float, "value": float}),
         excluded=pd.DataFrame([_excluded(e) for e in plan.excluded], columns=[*KEYS, "reason"]),
         order=plan.order,
+        recipe_axes=fields,
         listed=plan.listed,
         strays=tuple(sorted(p.parent.name for p in folder.glob("*/cell.json") if p.parent.name not in planned)),
     )
@@ -100,7 +106,7 @@ def axes_label(axes: Mapping[str, Any]) -> str:
 
 def values(results: Results, axis: str) -> list[str]:
     """The values of an axis that cells or excluded combinations have, in the order of the grid."""
-    present = list(dict.fromkeys([*results.cells[axis], *results.excluded[axis]]))
+    present = list(dict.fromkeys([*results.cells[axis], *results.excluded.get(axis, [])]))
     listed = list(results.order.get(axis, ()))
     return sorted(present, key=lambda value: listed.index(value) if value in listed else len(listed))
 
@@ -140,10 +146,13 @@ def _cell(planned: _Planned, name: str, folder: Path) -> dict[str, Any]:
             raise InputError(f"{folder}: holds the cell {found.id!r}; was the folder renamed or copied?")
     return {
         **dict(zip(KEYS, [*_parts(planned)[:3], axes_label(planned.axes)], strict=True)),
+        **{field: str(value) for field, value in planned.axes.items()},
         "id": planned.id,
         "configuration": name,
         "seed": planned.seed,
         "num_prompts": spec.recipe.evaluation.num_prompts if spec else None,
+        "model": spec.recipe.model.path if spec else None,
+        "reward": as_yaml(spec.recipe.reward) if spec else None,
         **_ending(record, folder),
     }
 

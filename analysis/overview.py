@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
 from analysis import effects
+from analysis.bootstrap import Array, band_name
 from analysis.curves import draw_base, draw_curves, draw_strands, legend_handles
-from analysis.effects import Array
 from analysis.load import Results
 from analysis.style import INK, MUTED, Look, Unit, metric_label, overlay_looks
 
@@ -87,7 +87,7 @@ def overview(results: Results, table: pd.DataFrame, metric: str, unit: Unit) -> 
 
 def _subtitle(results: Results, shown: pd.DataFrame, choice: str) -> str:
     most = shown["n"].max()
-    seeds = f"line: mean, band: {effects.interval_name(most)}" if most > 1 else "one finished seed each: no interval"
+    seeds = f"line: mean, band: {band_name(most)}" if most > 1 else "one finished seed each: no interval"
     if not shown["n"].any():
         seeds = "no cell has finished yet"
     return "\n".join(part for part in (choice, f"grid {results.grid}; {seeds}") if part)
@@ -130,7 +130,7 @@ def result_text(row: pd.Series) -> str:
     others = "" if row["states"] == f"{row['planned']} done" else f" ({row['states']})"
     if not row["n"]:
         return str(row["states"])
-    interval = f" [{row['final_low']:.3f}, {row['final_high']:.3f}]" if row["n"] > 1 else ""
+    interval = f" [{row['final_low']:.3f}, {row['final_high']:.3f}]" if row["final_low"] == row["final_low"] else ""
     return f"{row['final']:.3f}{interval}, n = {row['n']}{others}"
 
 

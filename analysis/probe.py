@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from ablate.probe_rows import BiasRow, GradientRow, LevelRow, LikelihoodRow, Measured
 from ablate.source import InputError
 from analysis import probe_figures as figures
-from analysis.effects import Array, shares
+from analysis.bootstrap import Array, shares
 from analysis.load import axes_label
 from analysis.style import RC, save
 from analysis.tables import to_csv, to_markdown

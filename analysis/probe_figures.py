@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from analysis.effects import interval_name
+from analysis.bootstrap import band_name
 from analysis.style import INK, MUTED, Look, palette
 
 LINES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (5, 1.6, 1.2, 1.6)))
@@ -255,7 +255,7 @@ def _floor(snr: pd.DataFrame) -> float:
 
 def _note(snr: pd.DataFrame) -> str:
     return (
-        f"Updates on {snr['groups'].max()} groups; n = {snr['n'].max()} seeds, bars: {interval_name(snr['n'].max())}. "
+        f"Updates on {snr['groups'].max()} groups; n = {snr['n'].max()} seeds, bars: {band_name(snr['n'].max())}. "
         "Open triangles: no signal to be told from noise."
     )
 

@@ -76,6 +76,15 @@ def palette(names: Sequence[str]) -> dict[str, str]:
     return {name: to_hex(shades((i + 0.5) / len(names))) for i, name in enumerate(names)}
 
 
+def looks_of(names: Sequence[str]) -> dict[str, Look]:
+    """A colour, a line and a marker for each name, so that they stay apart in grey too."""
+    colors = palette(names)
+    return {
+        name: Look(color=colors[name], linestyle=_LINES[i % len(_LINES)], marker=_MARKERS[i % len(_MARKERS)])
+        for i, name in enumerate(names)
+    }
+
+
 def panel_looks(results: Results) -> dict[str, Look]:
     """Inside a panel of one estimator and one sampler: colour is the objective, the line is the recipe axes."""
     colors = palette(values(results, "objective"))

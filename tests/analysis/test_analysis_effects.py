@@ -18,37 +18,17 @@ def summary(results: Results) -> dict[str, object]:
     return effects.summary(results.cells, results.metrics, ACCURACY).iloc[0].to_dict()
 
 
-def test_bootstrap_of_two_or_three_seeds_is_their_range() -> None:
-    assert effects.bootstrap(np.array([1.0, 3.0])) == (1, 3)
-    assert effects.bootstrap(np.array([1.0, 2.0, 6.0])) == (1, 6)
-
-
-def test_bootstrap_of_four_seeds_by_enumeration() -> None:
-    # The mean of a resample is its number of fours, binomial(4, 1/4): P(0) = .316, P(<= 2) = .949, P(<= 3) = .996
-    low, high = effects.bootstrap(np.array([0.0, 0.0, 0.0, 4.0]))
-    assert (low, high) == (0, 3)
-    _, high = effects.bootstrap(np.array([0.0, 0.0, 0.0, 4.0]), level=0.89)
-    assert high == 2
-
-
-def test_bootstrap_of_many_seeds_nears_the_normal_interval() -> None:
-    samples = np.random.default_rng(1).normal(size=200)
-    low, high = effects.bootstrap(samples)
-    half = 1.96 * samples.std() / np.sqrt(200)
-    assert [low, high] == pytest.approx([samples.mean() - half, samples.mean() + half], abs=0.02)
-
-
-def test_one_seed_has_no_interval() -> None:
-    assert np.isnan(effects.bootstrap(np.array([0.5]))).all()
-
-
 def test_gain_is_paired_within_a_cell(write: Writer) -> None:
     write.cell(ODE, 0, {0: 0.1, 10: 0.9, 20: 0.5})
     write.cell(ODE, 1, {0: 0.3, 10: 0.9, 20: 0.8})
     row = summary(load(write.plan()))
     # gains 0.4 and 0.5; minus the mean of the bases they would be 0.3 and 0.6
-    assert [row["gain"], row["gain_low"], row["gain_high"]] == pytest.approx([0.45, 0.4, 0.5])
-    assert [row["final"], row["final_low"], row["final_high"], row["base"]] == pytest.approx([0.65, 0.5, 0.8, 0.2])
+    t = 12.706205  # Student's 97.5 % quantile with one degree of freedom; half the range is the standard error
+    assert [row["gain"], row["gain_low"], row["gain_high"]] == pytest.approx([0.45, 0.45 - t * 0.05, 0.45 + t * 0.05])
+    assert [row["final"], row["final_low"], row["final_high"]] == pytest.approx(
+        [0.65, 0.65 - t * 0.15, 0.65 + t * 0.15]
+    )
+    assert (row["base"], row["final_iqm"]) == pytest.approx((0.2, 0.65))
     assert (row["n"], row["planned"], row["nfe"], row["device_hours"]) == (2, 2, 20000, 2.0)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from conftest import Writer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from ablate.record import Status
 from analysis import effects
@@ -16,6 +19,10 @@ from analysis.heatmap import heatmap
 from analysis.load import Results, load
 from analysis.overview import choose, overview, spread
 from analysis.panels import panels
+from analysis.sample_grid import sample_grid, sheets
+from analysis.share_bars import share_bars
+from analysis.strip import strip
+from analysis.study import study
 from analysis.style import hours_unit, nfe_unit, palette
 
 ODE, SDE, IMPOSSIBLE = ("epg", "elbo-adaptive", "ode"), ("epg", "trajectory", "sde"), ("epg", "trajectory", "ode")
@@ -28,8 +35,8 @@ def texts(figure: Figure) -> str:
 
 def little(write: Writer) -> Results:
     """Two seeds of one configuration, a failed and a missing one, and an excluded combination."""
-    write.cell(ODE, 0, {0: 0.2, 10: 0.5})
-    write.cell(ODE, 1, {0: 0.2, 10: 0.7})
+    write.cell(ODE, 0, {0: 0.2, 10: 0.59})
+    write.cell(ODE, 1, {0: 0.2, 10: 0.61})
     write.cell(SDE, 0, {0: 0.2, 5: 0.3}, Status.FAILED)
     write.cell(SDE, 1, None)
     write.exclude(IMPOSSIBLE)
@@ -57,7 +64,7 @@ def test_heat_map_hatches_what_is_excluded_and_nothing_else(write: Writer) -> No
 def test_heat_map_says_value_interval_and_n_or_what_happened(write: Writer) -> None:
     results = little(write)
     ode, sde = heatmap(results, table(results), ACCURACY).axes[:2]
-    assert [t.get_text() for t in ode.texts] == ["0.600", "[0.500, 0.700]\nn = 2"]
+    assert [t.get_text() for t in ode.texts] == ["0.600", "[0.473, 0.727]\nn = 2"]
     assert [t.get_text() for t in sde.texts] == ["1 failed\n1 not started", "not in\nthe grid"]
 
 
@@ -81,7 +88,7 @@ def test_overview_labels_every_configuration_with_n(write: Writer) -> None:
     figure = overview(results, table(results), ACCURACY, hours_unit(results))
     assert figure.axes[0].get_title("left") == "Held-out accuracy against device time"
     shown = texts(figure)
-    for text in ("epg · elbo-adaptive · ode", "0.600 [0.500, 0.700], n = 2", "1 failed, 1 not started", "0.200"):
+    for text in ("epg · elbo-adaptive · ode", "0.600 [0.473, 0.727], n = 2", "1 failed, 1 not started", "0.200"):
         assert text in shown
 
 
@@ -133,8 +140,47 @@ def test_nfe_is_scaled(write: Writer) -> None:
 
 def test_each_metric_has_its_figures_and_absent_ones_none(write: Writer) -> None:
     write.cell(ODE, 0, {0: 0.2, 10: 0.5}, score=False)
-    names = [drawing.name for drawing in drawings(load(write.plan()))]
-    assert names == ["overview", "heatmap-accuracy", "curves-accuracy-hours", "curves-accuracy-nfe"]
+    assert names(load(write.plan())) == ["overview", "time-to-target", *HEAT_AND_CURVES]
+
+
+HEAT_AND_CURVES = ["heatmap-accuracy", "curves-accuracy-hours", "curves-accuracy-nfe"]
+
+
+def names(results: Results) -> list[str]:
+    return [drawing.name for drawing in drawings(results, study(results, ACCURACY, hours_unit(results)))]
+
+
+def test_claims_have_figures_where_there_is_something_to_claim(write: Writer) -> None:
+    """Three estimators by two learning rates, two seeds; a panel that training does not see; samples of one cell."""
+    for i, estimator in enumerate(("a", "b", "c")):
+        for rate in (1e-4, 1e-3):
+            for seed in range(2):
+                curve = {0: 0.2, 5: 0.3 + 0.1 * i, 10: 0.4 + 0.1 * i + 0.01 * seed}
+                folder = write.cell(
+                    ("epg", estimator, "sde"), seed, curve, axes={"update.learning_rate": rate}, score=False
+                )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    panel = [line | {"eval/panel/sharpness": 0.5 - 0.02 * i} for i, line in enumerate(lines)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in panel))
+    (folder / "samples").mkdir()
+    for name in ("before", "after"):
+        Image.new("RGB", (600, 400)).save(folder / "samples" / f"{name}.png")
+    results = load(write.plan())
+    assert names(results) == [
+        *("overview", "effects", "levels", "time-to-target", "strip-update.learning_rate"),
+        *("hacking", "ranks", "samples"),
+        *HEAT_AND_CURVES,
+    ]
+    found = study(results, ACCURACY, hours_unit(results))
+    assert found.axes == ("estimator", "update.learning_rate")
+    effects_figure = share_bars(found)
+    assert [label.get_text() for label in effects_figure.axes[0].get_yticklabels()] == [
+        *("estimator", "update.learning_rate", "estimator x update.learning_rate", "seeds")
+    ]
+    (line,) = [line for line in strip(found, "update.learning_rate").axes[0].lines if line.get_label() == "c"]
+    assert line.get_xydata().tolist() == pytest.approx(np.array([[1e-4, 0.605], [1e-3, 0.605]]))
+    tile_rows = [ax.images[0].get_array().shape for ax in sample_grid(sheets(results, found.table)).axes]
+    assert tile_rows == [(100, 600, 3), (100, 600, 3)]  # the base model and the one configuration with samples
 
 
 def test_colours_differ_however_many_there_are() -> None:
@@ -149,7 +195,7 @@ def test_labels_spread_only_where_they_collide() -> None:
 
 
 def listed(write: Writer) -> Results:
-    for seed, final in enumerate((0.5, 0.6)):
+    for seed, final in enumerate((0.54, 0.56)):
         write.cell(
             ("grpo", "trajectory", "sde"), seed, {0: 0.2, 1: final}, axes={"recipe": "flow-grpo", "kl.coef": 0.1}
         )
@@ -160,15 +206,14 @@ def listed(write: Writer) -> Results:
 
 def test_combinations_that_are_listed_have_a_row_each_and_no_heat_map(write: Writer) -> None:
     results = listed(write)
-    names = [drawing.name for drawing in drawings(results)]
-    assert names == ["overview", "results-accuracy", "results-score"]
+    assert names(results) == ["overview", "time-to-target", "results-accuracy", "results-score"]
     figure = dumbbells(table(results), "eval/accuracy")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
         "flow-grpo",
         "paper-epg",
         "diffusion-nft",
     ]
-    assert "0.550 [0.500, 0.600], n = 2" in texts(figure)
+    assert "0.550 [0.423, 0.677], n = 2" in texts(figure)
     assert "1 not started" in texts(figure)
 
 
