@@ -98,6 +98,9 @@ def run(
         float | None, typer.Option("--budget-device-hours", help="Stop once the whole grid has spent them")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop")] = False,
+    only_freeze: Annotated[
+        bool, typer.Option("--freeze", help="Write the cells' folders for `cell`, and stop")
+    ] = False,
     results: Results = RESULTS,
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow server or database; by default <results>/mlflow.db")
@@ -123,6 +126,10 @@ def run(
     for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in planned.cells}.values():
         check_model(model)
     freeze(folder, whole, loaded.source.text)
+    if only_freeze:
+        for cell in in_order(planned.cells):
+            typer.echo(folder / cell.id)
+        return
     console.print(
         f"{len(planned.cells)} cells in {folder}, {workers} at a time; combinations excluded: {len(planned.excluded)}"
     )
