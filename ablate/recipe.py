@@ -179,6 +179,8 @@ class EvaluationRecipe(Strict):
     split: Literal["development", "evaluation"] = "evaluation"
     """Choose recipes on `development`; report `evaluation`."""
     num_prompts: Count = 600
+    panel: tuple[str, ...] = ()
+    """Rewards that are measured on the held-out images and never trained on; reports look there for reward hacking."""
     every: Count = 10
     """Epochs between evaluations; the first is before training, the last after it."""
     num_steps: Count = 10

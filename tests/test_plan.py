@@ -58,7 +58,7 @@ def planned(tmp_path: Path) -> Any:
     return plan
 
 
-GOLDEN = ["grpo-elbo-simple-sde-s0-5e216d69", "grpo-trajectory-sde-s0-715b7879"]
+GOLDEN = ["grpo-elbo-simple-sde-s0-9d50a9cf", "grpo-trajectory-sde-s0-b7a1de70"]
 
 
 def ids(plan: Plan) -> set[str]:

@@ -7,7 +7,8 @@ their class is the shape whose template, of the same area and centroid, overlaps
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,18 +54,51 @@ class ScenesReward:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A component of about the size of a shape, as the shape that fits it best, and how well."""
+
+    detection: Detection
+    overlap: float  # intersection over union
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is taken for this shape."""
+        return self.overlap >= MIN_OVERLAP
+
+
 def detect(images: NDArray[np.uint8]) -> list[list[Detection]]:
     """The shapes of each image [b, h, w, 3]. Components that fit no shape are dropped."""
+    return [[candidate.detection for candidate in found if candidate.fits] for found in candidates(images)]
+
+
+def candidates(images: NDArray[np.uint8]) -> list[list[Candidate]]:
+    """The components of each image [b, h, w, 3] that have about the size of a shape."""
+    return [found for part in _parts(images) for found in _candidates(part)]
+
+
+def solid_pixels(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which pixels [b, h, w] belong to an object."""
+    return np.concatenate([_explained(part)[2] for part in _parts(images)])
+
+
+def _parts(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """So many images at a time as fit into memory with room to spare."""
     at_once = max(1, PIXELS // (images.shape[1] * images.shape[2]))
-    return [found for i in range(0, len(images), at_once) for found in _detect(images[i : i + at_once])]
+    return (images[i : i + at_once] for i in range(0, len(images), at_once))
 
 
-def _detect(images: NDArray[np.uint8]) -> list[list[Detection]]:
+def _explained(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.int_], NDArray[np.bool_]]:
+    """Coverage by each colour of the palette [b, h, w, colours], the colour that fits best, and whether it is solid."""
     offset = images.astype(float) - np.array(GROUND, float)  # [b, h, w, 3]
     projection = offset @ _PALETTE.T / _SQUARED_NORM  # [b, h, w, colours], least-squares coverage
     color = np.argmax(projection**2 * _SQUARED_NORM, -1)  # what it explains of the offset, squared
-    solid = np.take_along_axis(projection, color[..., None], -1)[..., 0] > 0.5
-    detections: list[list[Detection]] = [[] for _ in images]
+    return projection, color, np.take_along_axis(projection, color[..., None], -1)[..., 0] > 0.5
+
+
+def _candidates(images: NDArray[np.uint8]) -> list[list[Candidate]]:
+    projection, color, solid = _explained(images)
+    found: list[list[Candidate]] = [[] for _ in images]
     for index, name in enumerate(_NAMES):
         components, _ = ndimage.label(solid & (color == index), structure=_IN_PLANE)
         places = [
@@ -85,10 +119,10 @@ def _detect(images: NDArray[np.uint8]) -> list[list[Detection]]:
         nearby = ndimage.binary_dilation(own, structure=_IN_PLANE)
         shapes, overlaps = _best_shapes(covered.clip(0, 1) * nearby, sizes)
         for (_, image, rows, columns), shape, overlap in zip(places, shapes, overlaps, strict=True):
-            if overlap >= MIN_OVERLAP:
-                box = (columns.start, rows.start, columns.stop, rows.stop)
-                detections[image].append(Detection(cls=shape, color=name, box=box))
-    return detections
+            box = (columns.start, rows.start, columns.stop, rows.stop)
+            detection = Detection(cls=shape, color=name, box=box)
+            found[image].append(Candidate(detection=detection, overlap=float(overlap)))
+    return found
 
 
 def _best_shapes(covered: NDArray[np.float64], sizes: NDArray[np.int_]) -> tuple[list[str], NDArray[np.float64]]:

@@ -17,6 +17,7 @@ from ablate.seeding import streams
 from runners.evaluation import generate
 from runners.identity import model_path
 from runners.policy import SD3Policy
+from runners.prompts import Prompt
 from runners.rewards.scenes import ScenesReward
 from runners.tiny import pretrain
 from runners.tiny.scenes import ScenePrompts, all_prompts
@@ -40,7 +41,8 @@ def test_the_pipelines_own_sampling_is_ours(policy: SD3Policy, guidance_scale: f
     pipe.set_progress_bar_config(disable=True)
     texts = ["a red circle", "three squares"]
     recipe = EvaluationRecipe(guidance_scale=guidance_scale)
-    ours = generate(policy, texts, recipe, diffusers_sigmas(8), batch_size=2)
+    prompts = [Prompt(text=text, tag="") for text in texts]
+    ours = generate(policy, prompts, range(len(texts)), recipe, diffusers_sigmas(8), batch_size=2)
     noise = torch.stack([torch.from_numpy(n) for n in fixed_noise(policy, len(texts))])
     theirs = pipe(
         texts,
@@ -60,7 +62,8 @@ def fixed_noise(policy: SD3Policy, n: int) -> list[np.ndarray]:
 
 def test_the_card_tells_the_accuracy_without_guidance(policy: SD3Policy) -> None:
     prompts = ScenePrompts().fixed("evaluation", 600)
-    images = generate(policy, [p.text for p in prompts], EvaluationRecipe(), diffusers_sigmas(8), batch_size=120)
+    wanted = range(len(prompts))
+    images = generate(policy, prompts, wanted, EvaluationRecipe(), diffusers_sigmas(8), batch_size=120)
     accuracy = ScenesReward()(images, prompts).parts["accuracy"].mean()
     (row,) = [line for line in (FOLDER / "README.md").read_text().splitlines() if line.startswith("| 1 |")]
     assert accuracy == pytest.approx(float(row.split("|")[2]), abs=0.015)

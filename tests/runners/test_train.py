@@ -50,7 +50,10 @@ def test_every_legal_cell_trains_with_finite_nonzero_gradients(name: str, tmp_pa
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert all(math.isfinite(v) for line in lines for v in line.values())
     assert all(line["train/grad_norm"] > 0 for line in lines[1:])
-    assert {"eval/accuracy", "eval/score"} <= lines[0].keys() & lines[-1].keys()
+    panel = {
+        f"eval/{kind}/{name}" for kind in ("panel", "panel_se") for name in ("background", "sharpness", "diversity")
+    }
+    assert {"eval/accuracy", "eval/score", *panel} <= lines[0].keys() & lines[-1].keys()
     # the forward plan is what happened, but that old is current in the very first update
     cost, images = passes(cell), 2 * 3 * 4
     reads_old = "old" in build("objective", cell.components["objective"]).needs
