@@ -40,6 +40,10 @@ Only = Annotated[
 ]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Keep these seeds, e.g. 0,1", metavar="N,N")]
 Results = Annotated[Path, typer.Option("--results", help="Where results are kept", metavar="DIR")]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow server or database; by default <results>/mlflow.db", metavar="URI")
+]
+Tracking = Annotated[bool, typer.Option(help="Mirror the results to MLflow")]
 RESULTS = Path("results")
 
 
@@ -102,10 +106,8 @@ def run(
         bool, typer.Option("--freeze", help="Write the cells' folders for `cell`, and stop")
     ] = False,
     results: Results = RESULTS,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server or database; by default <results>/mlflow.db")
-    ] = None,
-    tracking: Annotated[bool, typer.Option(help="Mirror the results to MLflow")] = True,
+    tracking_uri: TrackingUri = None,
+    tracking: Tracking = True,
 ) -> None:
     """Train every cell that is not finished; the same command continues after an interruption."""
     from ablate.geometry import check_devices
@@ -248,10 +250,8 @@ def probe(
         typer.Option(help="Beside the base: a cell's folder, or exported weights; repeat for more", metavar="FOLDER"),
     ] = None,
     results: Results = RESULTS,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server or database; by default <results>/mlflow.db")
-    ] = None,
-    tracking: Annotated[bool, typer.Option(help="Mirror the results to MLflow")] = True,
+    tracking_uri: TrackingUri = None,
+    tracking: Tracking = True,
 ) -> None:
     """Measure what a grid's estimators are worth before any training: gradient variance, bias, cost of a signal."""
     from analysis.probe import write_probe
@@ -337,7 +337,7 @@ def doctor(
 @app.command()
 def sync(
     results: Annotated[Path, typer.Argument(help="A grid's results, e.g. results/tiny")],
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server or database")] = None,
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Bring MLflow up to date with a grid's results, or rebuild it."""
     from runners.tracking import sync as synchronise
