@@ -101,6 +101,7 @@ def _train(run: Run, interrupted: list[int]) -> bool:
             with run.booked("checkpoint"):
                 if run.world.main:
                     checkpoint.save(run.folder, progress, run.policy, run.optimizer, run.scaler)
+                run.world.everyone(None)  # so that nobody ends before it is written
         if stop and not run.spent:
             return False
     return True
