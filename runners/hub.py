@@ -21,12 +21,11 @@ def check_model(recipe: ModelRecipe) -> None:
         return
     if isinstance(try_to_load_from_cache(recipe.path, INDEX, revision=recipe.revision), str):
         return
-    name = f"model.path: {recipe.path!r}"
+    name, page = f"model.path: {recipe.path!r}", f"https://huggingface.co/{recipe.path}"
     try:
         HfApi().model_info(recipe.path, revision=recipe.revision, timeout=10)
         hf_hub_download(recipe.path, INDEX, revision=recipe.revision)
     except GatedRepoError:
-        page = f"https://huggingface.co/{recipe.path}"
         raise InputError(f"{name} is gated: accept its licence at {page}, then `hf auth login`; {LOCAL}") from None
     except RevisionNotFoundError:
         raise InputError(f"{name} has no revision {recipe.revision!r}") from None
@@ -34,4 +33,5 @@ def check_model(recipe: ModelRecipe) -> None:
         raise InputError(f"{name} is not on the hub, or needs `hf auth login`; expected a hub id, {LOCAL}") from None
     except Exception as error:  # of whatever HTTP client the hub's library has
         where = "is not in the cache, and the hub cannot be reached"
-        raise InputError(f"{name} {where} ({type(error).__name__}): download it where it can, {LOCAL}") from None
+        steps = f"accept its licence at {page} if it asks for one, `hf auth login`, `hf download {recipe.path}`"
+        raise InputError(f"{name} {where} ({type(error).__name__}): where it can, {steps}; {LOCAL}") from None

@@ -46,7 +46,10 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (RevisionNotFoundError, ["has no revision 'abc'"]),
         (RepositoryNotFoundError, ["is not on the hub, or needs `hf auth login`"]),
-        (ConnectionError, ["the hub cannot be reached (ConnectionError)", "or give a local folder"]),
+        (
+            ConnectionError,
+            ["the hub cannot be reached (ConnectionError)", "its licence", "hf auth login", "or give a local folder"],
+        ),
     ],
 )
 def test_each_problem_has_its_remedy(error: type[Exception], parts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
