@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ablate.source import InputError, choices
+from ablate.source import InputError, choices, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,7 +133,8 @@ def run(
             typer.echo(folder / cell.id)
         return
     console.print(
-        f"{len(planned.cells)} cells in {folder}, {workers} at a time; combinations excluded: {len(planned.excluded)}"
+        f"{counted(len(planned.cells), 'cell')} in {folder}, {workers} at a time; "
+        f"combinations excluded: {len(planned.excluded)}"
     )
     mirror = Mirror(folder, tracking_uri) if tracking else None
     if mirror:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ablate.plan import Cell
+from ablate.source import counted
 from runners.cell_state import CellState, state_of
 
 
@@ -74,7 +75,8 @@ def live_table(
     summary = ", ".join(f"{counts[status]} {status}" for status in sorted(counts, key=lambda s: rank.get(s, 2)))
     hidden = f" ({len(states) - rows} more not shown)" if len(states) > rows else ""
     spent = sum(s.device_hours for s in states)
-    return Group(table, Text(f"{len(states)} cells: {summary}{hidden}; {spent:.2f} device-hours", style="bold"))
+    line = f"{counted(len(states), 'cell')}: {summary}{hidden}; {spent:.2f} device-hours"
+    return Group(table, Text(line, style="bold"))
 
 
 _STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "interrupted": "yellow"}
