@@ -34,10 +34,11 @@ def train_cell(folder: Path) -> Record:
     """
     cell, world = read_cell(folder), join()
     check_devices(cell.recipe, world.size)
-    attempts = note_attempt(folder) if world.main else 1
+    attempts = note_attempt(folder) if world.main else 0
     if world.main:
-        (folder / "traceback.txt").unlink(missing_ok=True)
-    world.everyone(None)  # so that nobody fails before
+        for name in ("traceback.txt", "record.json"):  # of an attempt before
+            (folder / name).unlink(missing_ok=True)
+    attempts = world.everyone(attempts)[0]  # nobody goes on, and nobody fails, before
     progress, status, message = Progress(), Status.FAILED, ""
     writes = world.main
     try:
@@ -52,8 +53,8 @@ def train_cell(folder: Path) -> Record:
         status, message = Status.DIVERGED, str(divergence)
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+    except Exception as error:  # of the export too: its checkpoint is kept, and the next start exports again
+        status, message = Status.FAILED, f"{type(error).__name__}: {error}"
         writes = _first_to_fail(folder)
     evaluated = [line for line in read_metrics(folder) if "eval/score" in line]
     last = evaluated[-1] if evaluated else {}

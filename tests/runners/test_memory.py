@@ -132,3 +132,8 @@ def test_sd35_medium_takes_what_was_estimated() -> None:
     assert most == pytest.approx(forward.weights + copies + forward.rollout, rel=0.15)
     most = most_resident(lambda: call(16).square().mean().backward()) - before
     assert most == pytest.approx(backward.weights + backward.trained * 5 // 7 + backward.update, rel=0.15)
+
+
+@pytest.mark.parametrize("kernel", ["efficient", "cudnn", "flash"])
+def test_kernels_that_a_cpu_does_not_have_can_be_estimated(kernel: str) -> None:
+    assert of(with_model(CELL, attention=kernel)).update == of(CELL).update

@@ -266,3 +266,21 @@ def test_a_ratio_that_is_not_one_on_policy_stops_the_cell_with_the_reason(tmp_pa
     record = train.train_cell(folder_of(cell, tmp_path))
     assert record.status is Status.FAILED
     assert "on-policy, the log-ratio of the trajectory is" in record.message
+
+
+def test_an_export_that_fails_keeps_the_checkpoint_and_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(BY_NAME["grpo/elbo-simple/ode"], tmp_path, checkpoint_every=1)
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "export", full)
+        first = train.train_cell(folder)
+    assert (first.status, first.message) == (Status.FAILED, "OSError: no space left on device")
+    assert (folder / "checkpoint" / "state.pt").exists()
+    second = train.train_cell(folder)
+    assert (second.status, second.epochs, second.attempts) == (Status.DONE, 2, 2)
+    assert (folder / "weights").is_dir()
