@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,9 @@ def device_hours(cell: Cell, cost: Passes, speed: Speed | None) -> float | None:
     return min(limits) if limits else None
 
 
-def disk(plan: Plan, speed: Speed) -> str:
-    """What the grid leaves on disk, in words: weights of finished cells, and checkpoints of those at work."""
-    trained = speed.trained_bytes or 0
-    kept = sum(cell.recipe.export_weights for cell in plan.cells) * trained
-    return (
-        f"Disk: {kept / 2**30:.2g} GiB for the weights of all cells, and {2 * CHECKPOINTED * trained / 2**30:.2g} GiB "
-        f"for the two checkpoints of each cell at work."
-    )
+def disk_bytes(cells: Sequence[Cell], trained_bytes: int) -> tuple[int, int]:
+    """What the weights of all cells take when they are finished, and the two checkpoints of one at work."""
+    return sum(cell.recipe.export_weights for cell in cells) * trained_bytes, 2 * CHECKPOINTED * trained_bytes
 
 
 def plan_json(plan: Plan, speed: Speed | None) -> dict[str, Any]:
@@ -109,7 +104,11 @@ def plan_table(plan: Plan, speed: Speed | None, width: int = 80) -> Group:
         total = sum(filter(None, hours))
         lines.append(f"Hours are of one cell on one device; {total:.1f} device-hours in all, without evaluation.")
     if speed is not None and speed.trained_bytes is not None:
-        lines.append(disk(plan, speed))
+        kept, at_work = (size / 2**30 for size in disk_bytes(plan.cells, speed.trained_bytes))
+        lines.append(
+            f"Disk: {kept:.2g} GiB for the weights of all cells, and {at_work:.2g} GiB for the two checkpoints of each "
+            "cell at work."
+        )
     return Group(*tables, Text("\n".join(lines)), *_excluded(plan))
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from analysis import arrival, hacking, levels, pairs, ranks
-from analysis.factorial import shares
 from analysis.load import KEYS, Results
 from analysis.study import Study
 
@@ -17,7 +16,7 @@ def effect_tables(results: Results, study: Study) -> dict[str, pd.DataFrame]:
     found = {
         "effects": _stack(
             [
-                shares(runs.dropna(subset=[response]), axes, response).assign(response=words)
+                study.explained[response].assign(response=words)
                 for response, words in study.responses().items()
                 if study.separable
             ]
@@ -38,17 +37,20 @@ def effect_tables(results: Results, study: Study) -> dict[str, pd.DataFrame]:
 
 def in_words(effects: pd.DataFrame) -> pd.DataFrame:
     """The table of shares as it is printed: a row per term, a column per response, `62 % [55, 68]`."""
-    shown = effects.assign(text=[_text(row) for _, row in effects.iterrows()])
+    words = [percent(row, digits=1, unknown="cannot be told apart") for _, row in effects.iterrows()]
+    shown = effects.assign(text=words)
     wide = shown.pivot(index="term", columns="response", values="text")
     wide = wide.reindex(index=effects["term"].unique(), columns=effects["response"].unique()).fillna("")
     first = effects.drop_duplicates("term").set_index("term")["df"]
     return wide.rename_axis(columns=None).reset_index().assign(df=[str(first[term]) for term in wide.index])
 
 
-def _text(row: pd.Series) -> str:
+def percent(row: pd.Series, digits: int = 0, unknown: str = "a share that cannot be told") -> str:
+    """A row of shares in words: `62 % [55, 68]`."""
     if np.isnan(row["omega2"]):
-        return "cannot be told apart"
-    return f"{100 * row['omega2']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        return unknown
+    value, low, high = (f"{100 * row[name]:.{digits}f}" for name in ("omega2", "low", "high"))
+    return f"{value} % [{low}, {high}]"
 
 
 def _stack(frames: list[pd.DataFrame]) -> pd.DataFrame:

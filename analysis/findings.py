@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
 from ablate.source import counted
 from analysis import arrival, hacking, levels, pairs, ranks
 from analysis.design import ALL
-from analysis.factorial import SEEDS, shares
+from analysis.effect_tables import percent
+from analysis.factorial import SEEDS
 from analysis.load import Results
 from analysis.study import Study
 from analysis.style import metric_label
@@ -25,13 +25,6 @@ def findings(results: Results, study: Study) -> list[str]:
         *_hacking(results),
         *_ranks(results, study),
     ]
-
-
-def percent(row: pd.Series, name: str = "omega2") -> str:
-    """`62 % [55, 68]`, or that it cannot be told."""
-    if np.isnan(row[name]):
-        return "a share that cannot be told"
-    return f"{100 * row[name]:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
 
 
 def between(value: float, low: float, high: float, sign: str = "") -> str:
@@ -63,7 +56,7 @@ def _axes(study: Study) -> list[str]:
     most = int(shape.num_seeds.max())
     seeds = counted(most, "seed") if shape.num_seeds.min() == most else f"{shape.num_seeds.min():.0f} to {most} seeds"
     for response, words in study.responses().items():
-        found = shares(study.runs.dropna(subset=[response]), study.axes, response).set_index("term")
+        found = study.explained[response].set_index("term")
         if found["omega2"].isna().all():
             continue
         known = found.loc[[axis for axis in study.axes if found.loc[axis, "df"] > 0]]
@@ -78,11 +71,10 @@ def _axes(study: Study) -> list[str]:
         rest = f"and {'seeds' if shape.replicated else 'noise'} {percent(found.loc[SEEDS])}"
         label = metric_label(study.metric)
         sentences.append(f"Of the variance of the {words} ({label}), {', '.join(parts)}, {rest}; {seeds}.")
-    alike = [
-        axis for axis in study.axes if shares(study.runs, study.axes, "final").set_index("term").loc[axis, "df"] == 0
-    ]
-    if alike:
-        sentences.append(f"In this grid {' and '.join(alike)} change together: their effects cannot be told apart.")
+    if study.confounded:
+        sentences.append(
+            f"In this grid {' and '.join(study.confounded)} change together: their effects cannot be told apart."
+        )
     if shape.num_missing:
         sentences.append(
             f"{counted(shape.num_missing, 'combination')} of {shape.num_missing + len(shape.levels)} excluded or "

@@ -13,7 +13,7 @@ from analysis.findings import findings
 from analysis.load import Results, load
 from analysis.page import page
 from analysis.published import Comparison, compare, load_published
-from analysis.study import Study, study
+from analysis.study import study
 from analysis.style import RC, hours_unit, save
 from analysis.tables import table, text, to_csv, to_latex, to_markdown
 
@@ -42,9 +42,11 @@ def write_report(results: Path, out: Path | None = None, target: float | None = 
     contents = {"table.csv": to_csv(frame), "table.md": to_markdown(shown), "table.tex": to_latex(shown)}
     more = {c.name: (c.published.title, c.shown, c.notes) for c in comparisons}
     if main and len(main.runs):
-        contents |= {"findings.md": "".join(f"- {sentence}\n" for sentence in said)} | _effects(loaded, main)
-        if "effects.csv" in contents:
-            words = in_words(effect_tables(loaded, main)["effects"])
+        effects = effect_tables(loaded, main)
+        contents |= {"findings.md": "".join(f"- {sentence}\n" for sentence in said)}
+        contents |= {f"{name}.csv": to_csv(numbers) for name, numbers in effects.items()}
+        if "effects" in effects:
+            words = in_words(effects["effects"])
             contents |= {"effects.md": to_markdown(words), "effects.tex": to_latex(words)}
             more = {"effects": ("Share of the variance between runs, omega squared", words, ())} | more
     for c in comparisons:
@@ -56,10 +58,6 @@ def write_report(results: Path, out: Path | None = None, target: float | None = 
     for name, content in contents.items():
         (out / name).write_text(content, encoding="utf-8")
     return [*(out / name for name in contents), *written]
-
-
-def _effects(results: Results, main: Study) -> dict[str, str]:
-    return {f"{name}.csv": to_csv(frame) for name, frame in effect_tables(results, main).items()}
 
 
 def _comparisons(results: Results) -> list[Comparison]:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.design import ALL
-from analysis.factorial import SEEDS, shares
+from analysis.factorial import SEEDS
 from analysis.study import Study
 from analysis.style import INK, MUTED, palette
 
@@ -14,7 +14,7 @@ from analysis.style import INK, MUTED, palette
 def share_bars(study: Study) -> Figure:
     """A panel per response, a row per term: dot for omega squared, bar for its 95 % interval."""
     responses, colors = study.responses(), palette(study.axes)
-    tables = [shares(study.runs.dropna(subset=[r]), study.axes, r).set_index("term") for r in responses]
+    tables = [study.explained[response].set_index("term") for response in responses]
     names = [str(name) for name in tables[0].index if name != ALL and tables[0].loc[name, "df"] > 0]
     figure = Figure(figsize=(7.0, 1.1 + 0.27 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(tables), sharex=True, sharey=True, squeeze=False)[0]

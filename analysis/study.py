@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from analysis import arrival, effects, measures
 from analysis.design import Design, design, projections
+from analysis.factorial import shares
 from analysis.load import KEYS, Results
 from analysis.style import Unit
 
@@ -27,14 +29,25 @@ class Study:
     chosen: bool  # the target was not given, but taken from the results
     end: float  # horizon of times to target
 
-    @property
+    @cached_property
     def design(self) -> Design:
         return design(self.runs, self.axes)
+
+    @cached_property
+    def confounded(self) -> tuple[str, ...]:
+        """The axes that change with another one always, so that their effects cannot be told apart."""
+        terms = projections(self.design)
+        return tuple(axis for axis in self.axes if terms[axis][1] == 0)
 
     @property
     def separable(self) -> bool:
         """Whether there is an axis whose effect can be told apart from the other axes'."""
-        return bool(self.axes) and any(df for term, (_, df) in projections(self.design).items() if term in self.axes)
+        return len(self.confounded) < len(self.axes)
+
+    @cached_property
+    def explained(self) -> dict[str, pd.DataFrame]:
+        """What the axes explain of each response, by its column: see `factorial.shares`."""
+        return {column: shares(self.runs.dropna(subset=[column]), self.axes, column) for column in self.responses()}
 
     @property
     def arrives(self) -> bool:

@@ -87,7 +87,7 @@ def _measure(run: Run) -> Bench:
         efficiency=bare / epoch,
         seconds_per_call=bare / calls,
         seconds_per_image=max(0.0, epoch - bare) / images,
-        trained_bytes=4 * sum(p.numel() for p in run.policy.trainable),
+        trained_bytes=run.policy.trained_bytes,
         peak_memory=torch.cuda.max_memory_allocated() if cuda else None,
     )
 

@@ -85,19 +85,19 @@ def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
         images = run.policy.decode(rollout.x0)
     with run.booked("reward"):
         scores = run.reward(images, prompts)
-        metrics = run.world.mean(means("rollout", scores))
+        samples = Samples(
+            rollout=rollout,
+            conditioning=conditioning,
+            rewards=torch.from_numpy(scores.score[:, None] if scores.terms is None else scores.terms),
+            weights=scores.weights,
+            group=torch.tensor(groups).repeat_interleave(size),
+            metrics={},
+        )
+        informative = len(_unequal(samples)) / len(groups)
+        metrics = run.world.mean({**means("rollout", scores), "rollout/informative_groups": informative})
     if not math.isfinite(metrics["rollout/score"]):
         raise Diverged("reward is no longer finite")
-    samples = Samples(
-        rollout=rollout,
-        conditioning=conditioning,
-        rewards=torch.from_numpy(scores.score[:, None] if scores.terms is None else scores.terms),
-        weights=scores.weights,
-        group=torch.tensor(groups).repeat_interleave(size),
-        metrics=metrics,
-    )
-    informative = run.world.mean({"rollout/informative_groups": len(_unequal(samples)) / len(groups)})
-    return replace(samples, metrics=metrics | informative)
+    return replace(samples, metrics=metrics)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from ablate.components import build
-from ablate.forecast import CHECKPOINTED
+from ablate.forecast import disk_bytes
 from ablate.geometry import possible_devices
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
@@ -184,9 +184,7 @@ def _disk(cells: Sequence[Cell], results: Path, run: Run | None) -> Finding:
     free = shutil.disk_usage(home).free
     if run is None:
         return Finding("ok", f"{free / 2**30:.0f} GiB free at {home}")
-    trained = 4 * sum(p.numel() for p in run.policy.trainable)
-    kept = sum(cell.recipe.export_weights for cell in cells) * trained
-    needed = kept + 2 * CHECKPOINTED * trained
+    needed = sum(disk_bytes(cells, run.policy.trained_bytes))
     text = f"{needed / 2**30:.2f} GiB for weights and checkpoints, {free / 2**30:.0f} GiB free at {home}"
     if needed < 0.9 * free:
         return Finding("ok", text)

@@ -18,7 +18,7 @@ from ablate.samplers.ode import ODE
 from ablate.seeding import streams
 from runners.policy import SD3Policy
 from runners.prompts import Prompt
-from runners.rewards import RewardOutput, load_reward
+from runners.rewards import RewardOutput
 from runners.rewards.protocol import joined
 from runners.run import Run
 
@@ -38,7 +38,7 @@ def evaluate(run: Run) -> dict[str, float]:
             sigmas = diffusers_sigmas(recipe.num_steps, policy.shift)
             images = generate(policy, prompts, own, recipe, sigmas, run.recipe.rollout.batch_size)
         scores = joined(world.everyone(run.reward(images, [prompts[i] for i in own])))
-    found = means("eval", scores, prompts) | (measure_panel(run, images, prompts) if recipe.panel else {})
+    found = means("eval", scores, prompts) | (measure_panel(run, images, prompts) if run.panel else {})
     target = run.recipe.budget.target
     run.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target
     pictures = np.concatenate(world.everyone(images[: np.searchsorted(own, NUM_PICTURED)]))
@@ -51,7 +51,7 @@ def measure_panel(run: Run, images: NDArray[np.uint8], prompts: Sequence[Prompt]
     """What the panel says of the images of all processes: means, and their standard errors over images."""
     with run.booked("eval"):
         everything = np.concatenate(run.world.everyone(images))
-        scores = {name: load_reward(name)(everything, prompts).score for name in run.recipe.evaluation.panel}
+        scores = {name: measure(everything, prompts).score for name, measure in run.panel.items()}
     values = {f"eval/panel/{name}": float(score.mean()) for name, score in scores.items()}
     errors = {f"eval/panel_se/{name}": float(score.std() / len(score) ** 0.5) for name, score in scores.items()}
     return values | errors

@@ -110,6 +110,11 @@ class SD3Policy:
         self._refreshed = False
         self.encode = Embeddings(self._encode, device, _cache(recipe) if recipe.cache_embeddings else None)
 
+    @property
+    def trained_bytes(self) -> int:
+        """Of one copy of the trained weights."""
+        return sum(p.nbytes for p in self.trainable)
+
     @torch.no_grad()
     def _encode(self, texts: list[str]) -> Conditioning:
         """Embeddings, each text by itself; offloaded encoders visit the device for as long as it takes."""

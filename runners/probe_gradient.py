@@ -19,11 +19,11 @@ from ablate.advantages import advantages
 from ablate.concentration import effective_points, largest_share, point_weights
 from ablate.objectives.reinforce import Reinforce
 from ablate.rollout import take
-from ablate.seeding import streams
 from ablate.snr import SignalAndNoise, signal_and_noise
 from runners.collect import Samples, collect
 from runners.run import Run
-from runners.surrogate import Batch, accumulate_gradient
+from runners.surrogate import Asked, Batch, accumulate_gradient
+from runners.update import asking, draw_probe
 
 Project = Callable[[Sequence[Tensor]], Tensor]
 
@@ -163,20 +163,15 @@ def draw(run: Run, rollouts: Rollouts, points: int, number: int, project: Projec
 
 def _accumulate(run: Run, samples: Samples, advantage: Tensor, probe: Any, rows: slice) -> Tensor:
     """Leave the gradient of some samples at a part of the probe in `.grad`; their velocities [n, k, ...]."""
-    policy, scale = run.policy, run.recipe.update.guidance_scale
-    answers: list[Tensor] = []
+    answer, answers = asking(run, probe, samples.conditioning.rows(rows)), []
 
-    def ask(_: Any, chosen: slice, points: slice) -> Tensor:
-        asked = take(probe, chosen, points)
-        n, k = asked.sigma.shape
-        index = torch.arange(rows.start, rows.stop, device=policy.device)[chosen].repeat_interleave(k)
-        given = samples.conditioning.rows(index)
-        velocity = policy.velocity(asked.x.flatten(0, 1), asked.sigma.flatten(), given, scale)
-        answers.append(velocity.detach().reshape(n, k, *velocity.shape[1:]))
-        return velocity.reshape(answers[-1].shape)
+    def ask(weights: Asked, chosen: slice, points: slice) -> Tensor:
+        velocity = answer(weights, chosen, points)
+        answers.append(velocity.detach())
+        return velocity
 
-    size = rows.stop - rows.start
-    batch = Batch(probe=probe, advantage=advantage[rows], group=samples.group[rows].to(policy.device), group_size=size)
+    group = samples.group[rows].to(run.policy.device)
+    batch = Batch(probe=probe, advantage=advantage[rows], group=group, group_size=len(group))
     run.optimizer.zero_grad()
     micro = max(run.recipe.update.micro_batch_size, probe.sigma.shape[1])  # whole samples, so that answers line up
     accumulate_gradient(Reinforce(), run.estimator, batch, ask, micro_batch_size=micro)
@@ -185,16 +180,7 @@ def _accumulate(run: Run, samples: Samples, advantage: Tensor, probe: Any, rows:
 
 def probe_of(run: Run, rollouts: Rollouts, points: int, number: int) -> Any:
     """Probe `number` with so many points, its numbers shared within groups as the recipe has it."""
-    kind, group = run.recipe.update.group_probe, rollouts.samples.group
-    own = streams(
-        run.cell.seed,
-        "probe",
-        points,
-        number,
-        samples=group.tolist() if kind == "shared" else range(len(group)),
-        group_size=rollouts.group_size if kind == "stratified" else None,
-    )
-    return run.estimator.probe(rollouts.samples.rollout, num_points=points, streams=own)
+    return draw_probe(run, rollouts.samples, run.recipe.update.group_probe, points, points, number)
 
 
 def _num_points(run: Run, asked: int) -> int:

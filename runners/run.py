@@ -46,6 +46,7 @@ class Run:
     policy: SD3Policy
     prompts: PromptSource
     reward: Reward
+    panel: dict[str, Reward]  # measured on held-out images alone
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss, for float16
     progress: Progress
@@ -155,6 +156,7 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
         policy=policy,
         prompts=load_prompts(cell.recipe.prompts),
         reward=load_reward(cell.recipe.reward),
+        panel={name: load_reward(name, "evaluation.panel") for name in cell.recipe.evaluation.panel},
         optimizer=optimizer,
         scaler=scaler,
         progress=progress,

@@ -24,7 +24,8 @@ from ablate.passes import coupling, one_pass
 from ablate.recipe import KLRecipe
 from ablate.rollout import Evaluation, Probe, needed, take
 
-Ask = Callable[[Literal["current", "old", "reference"], slice, slice], Tensor]
+Asked = Literal["current", "old", "reference"]
+Ask = Callable[[Asked, slice, slice], Tensor]
 """The velocity [n, m, ...] of a policy at some rows (samples) and columns (points) of the probe."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 from ablate.rollout import Probe, take
 from ablate.seeding import streams
 from runners.collect import Samples
+from runners.embeddings import Conditioning
 from runners.run import Diverged, Run
-from runners.surrogate import Batch, accumulate_gradient
+from runners.surrogate import Ask, Asked, Batch, accumulate_gradient
 
 EMA_WARMUP = 10  # decay min(ema_decay, (1 + t) / (10 + t)) after t updates
 MAX_ON_POLICY_LOG_RATIO = 1e-3  # nats per latent dimension; float32 gives 1e-7, bfloat16 1e-5
@@ -21,18 +21,10 @@ MAX_ON_POLICY_LOG_RATIO = 1e-3  # nats per latent dimension; float32 gives 1e-7,
 
 def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
     """Draw the shared probe, take the steps, and let the old policy follow; the means of the steps' metrics."""
-    recipe, progress, seed = run.recipe, run.progress, run.cell.seed
-    size, group = recipe.rollout.group_size, samples.group
-    shared = recipe.update.group_probe == "shared" or run.objective.level == "group"
-    index = group * size + torch.arange(len(group)) % size  # among the samples of all processes
-    own = streams(
-        seed,
-        "probe",
-        progress.epoch,
-        samples=(group if shared else index).tolist(),
-        group_size=size if recipe.update.group_probe == "stratified" and not shared else None,
-    )
-    probe = run.estimator.probe(samples.rollout, num_points=recipe.update.num_points, streams=own)
+    recipe, progress = run.recipe, run.progress
+    group = samples.group
+    kind = "shared" if run.objective.level == "group" else recipe.update.group_probe
+    probe = draw_probe(run, samples, kind, recipe.update.num_points, progress.epoch)
     on_policy = recipe.old_policy.decay(progress.update) == 0  # before the first step
     metrics: list[dict[str, float]] = []
     for groups in run.shares():
@@ -43,23 +35,46 @@ def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
     return {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
 
 
+def draw_probe(run: Run, samples: Samples, kind: str, num_points: int | None, *labels: int) -> Probe:
+    """Where the policy is asked about these samples; `kind` says what a group has in common, see `group_probe`."""
+    size, group = run.recipe.rollout.group_size, samples.group
+    index = group * size + torch.arange(len(group)) % size  # among the samples of all processes
+    own = streams(
+        run.cell.seed,
+        "probe",
+        *labels,
+        samples=(group if kind == "shared" else index).tolist(),
+        group_size=size if kind == "stratified" else None,
+    )
+    probe: Probe = run.estimator.probe(samples.rollout, num_points=num_points, streams=own)
+    return probe
+
+
+def asking(run: Run, probe: Probe, conditioning: Conditioning) -> Ask:
+    """How any policy answers at this probe [b, k], under the conditioning [b, ...] of its samples."""
+    scale = run.recipe.update.guidance_scale
+    index = torch.arange(len(conditioning.tokens), device=run.policy.device)
+
+    def ask(weights: Asked, chosen: slice, points: slice) -> Tensor:
+        asked = take(probe, chosen, points)
+        n, m = asked.sigma.shape
+        given = conditioning.rows(index[chosen].repeat_interleave(m))
+        with run.policy.using(weights):
+            velocity = run.policy.velocity(asked.x.flatten(0, 1), asked.sigma.flatten(), given, scale)
+        run.spend(**{"backwards" if torch.is_grad_enabled() else "forwards": n * m * (1 + (scale > 1))})
+        return velocity.reshape(n, m, *velocity.shape[1:])
+
+    return ask
+
+
 def _step(
     run: Run, samples: Samples, probe: Probe, advantage: Tensor, rows: Tensor, *, on_policy: bool
 ) -> dict[str, float]:
     """One optimizer step on these samples."""
     recipe, policy, progress = run.recipe, run.policy, run.progress
-    scale, there = recipe.update.guidance_scale, rows.to(policy.device)
-    part, given = take(probe, there), samples.conditioning.rows(there)
-
-    def ask(weights: Any, chosen: slice, points: slice) -> Tensor:
-        asked = take(part, chosen, points)
-        n, m = asked.sigma.shape
-        repeated = given.rows(torch.arange(len(rows), device=policy.device)[chosen].repeat_interleave(m))
-        with policy.using(weights):
-            velocity = policy.velocity(asked.x.flatten(0, 1), asked.sigma.flatten(), repeated, scale)
-        run.spend(**{"backwards" if torch.is_grad_enabled() else "forwards": n * m * (1 + (scale > 1))})
-        return velocity.reshape(n, m, *velocity.shape[1:])
-
+    there = rows.to(policy.device)
+    part = take(probe, there)
+    ask = asking(run, part, samples.conditioning.rows(there))
     batch = Batch(
         probe=part,
         advantage=advantage[rows].to(policy.device),

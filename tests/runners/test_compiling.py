@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cells import folder_of
 
 from ablate.grid import load_grid
-from ablate.plan import Cell, make_plan
+from ablate.plan import make_plan
 from ablate.record import read_metrics
 from runners import compiling, train
 from runners.run import set_up
@@ -25,17 +26,9 @@ SMALL = {
 CELL = make_plan(load_grid(Path(__file__).parents[2] / "grids" / "quickstart.yaml", SMALL)).cells[0]
 
 
-def of(path: Path, **model: object) -> tuple[Path, Cell]:
-    path.mkdir()
-    recipe = CELL.recipe.model_copy(update={"model": CELL.recipe.model.model_copy(update=model)})
-    cell = CELL.model_copy(update={"recipe": recipe})
-    (path / "cell.json").write_text(cell.model_dump_json())
-    return path, cell
-
-
 def test_compiling_is_booked_apart_from_the_phase_that_caused_it(tmp_path: Path) -> None:
     """With torch's own tracer but no code generation, which takes a minute here."""
-    run = set_up(*of(tmp_path / "cell"))
+    run = set_up(tmp_path, CELL)
     compiling._CLOCK.run()
     compiled = torch.compile(lambda x: (x.sin() + x.cos()).sum(), backend="eager")
     before = compiling.compile_seconds()
@@ -53,7 +46,8 @@ def test_compiling_is_booked_apart_from_the_phase_that_caused_it(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_compiled_cell_trains_to_the_same_numbers(tmp_path: Path) -> None:
-    folders = [of(tmp_path / str(compile), compile=compile)[0] for compile in (False, True)]
+    models = [CELL.recipe.model.model_copy(update={"compile": compiled}) for compiled in (False, True)]
+    folders = [folder_of(CELL, tmp_path / str(model.compile), model=model) for model in models]
     records = [train.train_cell(folder) for folder in folders]
     assert [record.status for record in records] == ["done", "done"]
     assert records[0].cost.compile == 0

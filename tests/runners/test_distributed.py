@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from cells import folder_of
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.normalization import RMSNorm
 from torch.nn import functional
 
 from ablate.geometry import check_devices, possible_devices
 from ablate.grid import load_grid
-from ablate.plan import Cell, make_plan
+from ablate.plan import make_plan
 from ablate.record import Status, read_metrics, read_record
 from ablate.source import InputError
 
@@ -118,13 +119,6 @@ def finish(processes: Sequence[BaseProcess], timeout: float = 120) -> list[int |
     return [process.exitcode for process in processes]
 
 
-def folder_of(path: Path, cell: Cell, **recipe: object) -> Path:
-    path.mkdir()
-    changed = cell.model_copy(update={"recipe": cell.recipe.model_copy(update=recipe)})
-    (path / "cell.json").write_text(changed.model_dump_json())
-    return path
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file  # noqa: PLC0415
 
@@ -134,7 +128,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["grpo/trajectory/sde", "gspo/elbo-adaptive/ode"])
 def test_two_processes_do_what_one_does(name: str, tmp_path: Path) -> None:
-    folders = [folder_of(tmp_path / str(size), CELLS[name]) for size in (1, 2)]
+    folders = [folder_of(CELLS[name], tmp_path / str(size)) for size in (1, 2)]
     for size, folder in enumerate(folders, start=1):
         assert finish(start(folder, size, double=True)) == [0] * size
     one, two = (read_metrics(folder) for folder in folders)
@@ -169,7 +163,7 @@ def lines(folder: Path) -> list[str]:
 def test_a_cell_killed_at_any_point_resumes_to_the_same_bytes(size: int, kills: int, tmp_path: Path) -> None:
     cell = CELLS["gspo/elbo-adaptive/mixed"]
     budget = cell.recipe.budget.model_copy(update={"epochs": EPOCHS})
-    whole, parts = (folder_of(tmp_path / name, cell, budget=budget, checkpoint_every=1) for name in ("whole", "parts"))
+    whole, parts = (folder_of(cell, tmp_path / name, budget=budget, checkpoint_every=1) for name in ("whole", "parts"))
     assert finish(start(whole, size)) == [0] * size
     random_moment = random.Random(0)
     for _ in range(kills):
@@ -219,7 +213,7 @@ def test_dynamic_sampling_stays_on_one_device() -> None:
 
 def test_where_one_process_fails_its_reason_is_the_record(tmp_path: Path) -> None:
     """The second process meets an error; the first, which waits for it, does not cover it up."""
-    folder = folder_of(tmp_path / "cell", CELLS["grpo/trajectory/sde"])
+    folder = folder_of(CELLS["grpo/trajectory/sde"], tmp_path / "cell")
     processes = start(folder, 2, broken=1)
     assert finish(processes) == [1, 1]
     record = read_record(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cells import folder_of
 
 from ablate.components import build
 from ablate.grid import load_grid
@@ -33,12 +34,6 @@ SMALL = {
 }
 CELLS = make_plan(load_grid(GRIDS / "tiny.yaml", SMALL)).cells
 BY_NAME = {f"{c.objective}/{c.estimator}/{c.sampler}": c for c in CELLS if c.seed == 0}
-
-
-def folder_of(cell: Cell, path: Path, **recipe: object) -> Path:
-    changed = cell.model_copy(update={"recipe": cell.recipe.model_copy(update=recipe)})
-    (path / "cell.json").write_text(changed.model_dump_json())
-    return path
 
 
 @pytest.mark.parametrize("name", BY_NAME)

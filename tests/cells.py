@@ -1,0 +1,15 @@
+"""Folders of cells, as `ablate run` writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ablate.plan import Cell
+
+
+def folder_of(cell: Cell, path: Path, **recipe: object) -> Path:
+    """A folder with the cell.json of this cell, some parts of its recipe changed."""
+    changed = cell.model_copy(update={"recipe": cell.recipe.model_copy(update=recipe)})
+    path.mkdir(exist_ok=True)
+    (path / "cell.json").write_text(changed.model_dump_json())
+    return path
