@@ -7,12 +7,13 @@ import importlib
 import json
 import math
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ablate.recipe import Strict, recipe_fields
-from ablate.source import InputError, Location, Source, choices, message, shown
+from ablate.source import FieldError, InputError, Location, Source, choices, message, shown
 
 MEMBERS = {  # what a class from the outside must have; the protocols say it in full
     "objective": ("needs", "level", "__call__"),
@@ -46,28 +47,38 @@ def resolve(axis: str, value: Any, source: Source, location: Location) -> tuple[
         raise source.error(location, f"got {shown(value)}, expected {expected}")
     name, given = spec["name"], {key: v for key, v in spec.items() if key != "name"}
     try:
-        kind = _kind(axis, name)
+        instance = instantiate(_kind(axis, name), name, given)
+        check_declarations(axis, instance)
+    except FieldError as error:
+        raise source.error((*location, *error.location), str(error)) from None
     except InputError as error:
         raise source.error(location, str(error)) from None
-    hints = typing.get_type_hints(kind)
-    fields = [f.name for f in dataclasses.fields(kind)]
+    except (ValueError, TypeError) as error:
+        raise source.error(location, f"{name}: {error}") from None
+    return Component(name=name, **dataclasses.asdict(instance)), instance
+
+
+def instantiate(kind: Any, name: str, given: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass with the parameters that a YAML file gives.
+
+    Raises FieldError for a parameter that does not exist or has another type, ValueError for values that the class
+    refuses or that are missing.
+    """
+    hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind) if f.init}
+    values = {}
     for key, v in given.items():
         if key not in fields:
-            raise source.error((*location, key), f"{name} has no parameter {key!r}{choices(key, fields)}")
+            raise FieldError(key, f"{name} has no parameter {key!r}{choices(key, fields)}")
         try:
-            given[key] = TypeAdapter(hints[key]).validate_json(json.dumps(v, default=str), strict=True)
+            values[key] = TypeAdapter(hints[key]).validate_json(json.dumps(v, default=str), strict=True)
         except ValidationError as error:
-            raise source.error((*location, key), f"{name}: {message(error.errors()[0])}") from None
+            raise FieldError(key, f"{name}: {message(error.errors()[0])}") from None
         if isinstance(v, float) and not math.isfinite(v):
-            raise source.error((*location, key), f"{name}: got {v}, expected a finite number")
-    try:
-        instance = kind(**given)
-        check_declarations(axis, instance)
-    except (ValueError, TypeError) as error:
-        missing = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in given]
-        problem = f"give a value for {', '.join(missing)}, which has no default" if missing else error
-        raise source.error(location, f"{name}: {problem}") from None
-    return Component(name=name, **dataclasses.asdict(instance)), instance
+            raise FieldError(key, f"{name}: got {v}, expected a finite number")
+    needed = [key for key, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [key for key in needed if key not in values]:
+        raise ValueError(f"give a value for {', '.join(missing)}, which has no default")
+    return kind(**values)
 
 
 def build(axis: str, component: Component) -> Any:

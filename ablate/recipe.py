@@ -6,7 +6,7 @@ Torch-free: reports read recipes on machines without it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -16,17 +16,55 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _name_or_weights(value: object) -> object:
-    weights = value.values() if isinstance(value, dict) else []
-    if isinstance(value, str) or (weights and all(type(weight) in (int, float) for weight in weights)):
-        return value
-    raise ValueError(f"got {value!r}, expected a name, or names with weights as in {{scenes: 1, jpeg: 0.1}}")
-
-
 class Strict(BaseModel):
     """Unknown keys are errors, and values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class RewardTerm(Strict):
+    """One reward of a sum with its parameters: {"name": "remote", "weight": 0.5, "url": "http://..."}."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+    weight: float = 1.0
+    label: str | None = None
+    """What its curve is called; by default its name. Two of one name need it."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @property
+    def called(self) -> str:
+        return self.label or self.name
+
+
+RewardSpec = str | dict[str, float] | tuple[str | RewardTerm, ...]
+
+
+def _name_or_terms(value: object) -> object:
+    """A reward as people write it; one mapping with a name is a list of one."""
+    weights = value.values() if isinstance(value, dict) else []
+    if isinstance(value, str) or (weights and all(type(weight) in (int, float) for weight in weights)):
+        return value
+    if isinstance(value, dict) and "name" in value:
+        return [value]
+    if isinstance(value, (list, tuple)) and value:
+        return value
+    raise ValueError(
+        f"got {value!r}, expected a name, names with weights as in {{scenes: 1, jpeg: 0.1}}, or a list of "
+        "{name: ..., weight: ...} with the parameters of each"
+    )
+
+
+def reward_terms(spec: RewardSpec) -> tuple[RewardTerm, ...]:
+    """A reward in full, however it was written."""
+    if isinstance(spec, str):
+        return (RewardTerm(name=spec),)
+    if isinstance(spec, dict):
+        return tuple(RewardTerm(name=name, weight=weight) for name, weight in spec.items())
+    return tuple(RewardTerm(name=term) if isinstance(term, str) else term for term in spec)
 
 
 class ModelRecipe(Strict):
@@ -179,7 +217,7 @@ class EvaluationRecipe(Strict):
     split: Literal["development", "evaluation"] = "evaluation"
     """Choose recipes on `development`; report `evaluation`."""
     num_prompts: Count = 600
-    panel: tuple[str, ...] = ()
+    panel: tuple[str | RewardTerm, ...] = ()
     """Rewards that are measured on the held-out images and never trained on; reports look there for reward hacking."""
     every: Count = 10
     """Epochs between evaluations; the first is before training, the last after it."""
@@ -189,6 +227,16 @@ class EvaluationRecipe(Strict):
     """Of the fixed noise, one per prompt: cells and epochs are paired."""
     ema_decay: Share = 0.9
     """Evaluated weights are an average over updates with decay min(this, (1 + t) / (10 + t)); 0 takes the current."""
+
+
+class ScoringRecipe(Strict):
+    """What happens where a reward gives no score for an image: its group is left out of the update and counted."""
+
+    timeout: Positive = 600
+    """Seconds without an answer after which a reward is given up."""
+    max_missing: Share = 0.25
+    """Share of an epoch's groups, or of held-out images, without a score past which the cell ends as
+    `reward_unavailable`, to be resumed."""
 
 
 class BudgetRecipe(Strict):
@@ -210,8 +258,9 @@ class BudgetRecipe(Strict):
 class Recipe(Strict):
     model: ModelRecipe = ModelRecipe()
     prompts: PromptsRecipe = PromptsRecipe()
-    reward: Annotated[str | dict[str, float], BeforeValidator(_name_or_weights)] = "scenes"
-    """A name, or names with the weights of their sum."""
+    reward: Annotated[RewardSpec, BeforeValidator(_name_or_terms)] = "scenes"
+    """A name, names with the weights of their sum, or a list of rewards with weights and parameters."""
+    scoring: ScoringRecipe = ScoringRecipe()
     rollout: RolloutRecipe = RolloutRecipe()
     advantage: AdvantageRecipe = AdvantageRecipe()
     kl: KLRecipe = KLRecipe()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,24 @@ class Ledger(Strict):
     lost: float = 0.0
     forwards: int = 0
     backwards: int = 0
+    rewards: dict[str, float] = {}  # by reward, wherever it worked; `reward` is what training waited for them
+
+    @classmethod
+    def phases(cls) -> tuple[str, ...]:
+        """The amounts that are one number."""
+        return tuple(name for name in cls.model_fields if name != "rewards")
+
+    def flat(self) -> dict[str, float]:
+        """As a line of metrics.jsonl has it: cost/rollout, ..., cost/rewards/<name>."""
+        amounts = self.model_dump(exclude={"rewards"}) | {f"rewards/{name}": v for name, v in self.rewards.items()}
+        return {f"cost/{name}": round(value, 4) for name, value in amounts.items()}
+
+    @classmethod
+    def of_line(cls, line: Mapping[str, Any]) -> Ledger:
+        """The ledger in a line of metrics.jsonl."""
+        amounts = {key.removeprefix("cost/"): v for key, v in line.items() if key.startswith("cost/")}
+        rewards = {key.removeprefix("rewards/"): v for key, v in amounts.items() if key.startswith("rewards/")}
+        return cls(rewards=rewards, **{key: v for key, v in amounts.items() if not key.startswith("rewards/")})
 
     @property
     def device_hours(self) -> float:
@@ -89,6 +108,7 @@ class Record(Strict):
     epochs: int = 0
     cost: Ledger = Ledger()
     metrics: dict[str, float] = {}
+    rewards: dict[str, str] = {}  # what each reward was: its identity, and a digest of the weights that were loaded
     provenance: Provenance | None = None
 
 

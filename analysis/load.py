@@ -24,7 +24,7 @@ STATUSES = (
     RUNNING,
     NOT_STARTED,
 )
-PHASES = tuple(Ledger.model_fields)
+PHASES = Ledger.phases()
 _CELLS = ["id", *KEYS, "configuration", "seed", "status", "message", "attempts", "device", "num_prompts"]
 _CELLS += ["model", "reward"]
 _METRICS = ["id", "epoch", "device_hours", "nfe", "metric", "value"]
@@ -168,7 +168,7 @@ def _ending(record: Record | None, folder: Path) -> dict[str, Any]:
         "message": record.message,
         "attempts": record.attempts,
         "device": record.provenance.device if record.provenance else None,
-        **{f"cost/{phase}": value for phase, value in record.cost.model_dump().items()},
+        **{f"cost/{phase}": getattr(record.cost, phase) for phase in PHASES},
     }
 
 

@@ -65,7 +65,7 @@ def _measure(run: Run) -> Bench:
     train_epoch(run)
     epoch = time.perf_counter() - start
     cost = run.progress.cost
-    spent = {name: getattr(cost, name) - getattr(before, name) for name in type(cost).model_fields}
+    spent = {name: getattr(cost, name) - getattr(before, name) for name in type(cost).phases()}
     images = recipe.rollout.num_groups * recipe.rollout.group_size
     plan, calls = passes(run.cell), spent["forwards"] + 3 * spent["backwards"]
     rollouts = images * plan.rollout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ablate.flow import diffusers_sigmas
 from ablate.plan import Cell
-from ablate.recipe import EvaluationRecipe
+from ablate.recipe import EvaluationRecipe, RewardSpec
 from ablate.record import read_cell, write_atomic
 from ablate.source import InputError
 from runners.distributed import this_device
@@ -66,7 +66,7 @@ def _evaluate(
         label = f"{name}-guidance-{chosen.guidance_scale:g}"
         contact_sheet(images[:NUM_PICTURED]).save(target / f"{label}.png")
         found: dict[str, Mapping[str, float]] = {}
-        wanted: list[str | dict[str, float]] = [*rewards] or [cell.recipe.reward]
+        wanted: list[RewardSpec] = [*rewards] or [cell.recipe.reward]
         for reward in wanted:
             values = means("eval", load_reward(reward)(images, prompts), prompts)
             found[str(reward)] = {key.removeprefix("eval/"): value for key, value in values.items()}

@@ -24,6 +24,7 @@ class Progress:
     update: int = 0
     metrics_bytes: int = 0  # length of metrics.jsonl at this point
     cost: Ledger = field(default_factory=Ledger)
+    pending: dict[str, float] = field(default_factory=dict)  # metrics of an epoch whose evaluation had no rewards
 
 
 def save(
@@ -37,6 +38,7 @@ def save(
         "update": progress.update,
         "metrics_bytes": progress.metrics_bytes,
         "cost": progress.cost.model_dump(),
+        "pending": progress.pending,
         "policy": policy.state(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
@@ -71,6 +73,7 @@ def restore(
             update=state["update"],
             metrics_bytes=state["metrics_bytes"],
             cost=Ledger(**state["cost"]),
+            pending=state["pending"],
         )
     return None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +14,9 @@ from ablate.rollout import Rollout, concatenate, select
 from ablate.seeding import derive_seed, streams
 from runners.embeddings import Conditioning
 from runners.evaluation import batches, means
-from runners.run import Diverged, Run
+from runners.rewards.protocol import Images
+from runners.run import Run
+from runners.scoring import keep_unscored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,12 @@ class Samples:
 
     def groups(self, wanted: Sequence[int], size: int) -> Samples:
         """Some groups, each with the best and the worst half of `size` samples."""
-        rows = torch.cat([_best_and_worst(self, group, size) for group in wanted])
+        if not wanted:
+            return self.rows(torch.empty(0, dtype=torch.long))
+        return self.rows(torch.cat([_best_and_worst(self, group, size) for group in wanted]))
+
+    def rows(self, rows: Tensor) -> Samples:
+        """Some samples, of whole groups."""
         if len(rows) == len(self.group):
             return self
         device = self.rollout.x0.device
@@ -52,7 +58,8 @@ class Samples:
 def collect(run: Run) -> Samples:
     """Roll out and score prompts until enough groups have unequal rewards, and keep the best and worst of each.
 
-    Without `rollout.resample_rounds` and `rollout.candidates`, the one round of prompts as it is.
+    Without `rollout.resample_rounds` and `rollout.candidates`, the one round of prompts as it is. Groups with an image
+    that has no score are left out.
     """
     recipe = run.recipe.rollout
     parts, metrics = [], []
@@ -64,12 +71,13 @@ def collect(run: Run) -> Samples:
         unequal = _unequal(drawn)[:missing]
         missing -= len(unequal)
         if missing == 0 or number == recipe.resample_rounds:  # groups of equal rewards fill up what is missing
-            equal = [group for group in groups if group not in unequal]
+            unscored = set(drawn.group[~drawn.score.isfinite()].tolist())
+            equal = sorted((group for group in groups if group not in unequal), key=unscored.__contains__)
             parts.append(drawn.groups(sorted(unequal + equal[:missing]), recipe.group_size))
             break
         if unequal:
             parts.append(drawn.groups(unequal, recipe.group_size))
-    samples = parts[0] if len(parts) == 1 else _joined(parts)
+    samples = _scored(parts[0] if len(parts) == 1 else _joined(parts))
     return replace(samples, metrics={name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]})
 
 
@@ -79,12 +87,25 @@ def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
     size = recipe.candidates or recipe.group_size
     drawn = run.prompts.train(recipe.num_groups, np.random.default_rng(derive_seed(seed, "prompts", epoch, number)))
     prompts = [drawn[group] for group in groups for _ in range(size)]
-    conditioning = run.policy.encode([p.text for p in prompts])
+    indices = [group * size + i for group in groups for i in range(size)]
+    images: list[Images] = []
+
+    def watch(rows: slice, part: Rollout) -> None:
+        if rows.start == 0:  # of a first or another attempt
+            images.clear()
+            run.scorer.begin()
+        images.append(run.policy.decode(part.x0))
+        run.scorer.hand_over(images[-1], prompts[rows])
+
     with run.booked("rollout"):
-        rollout = roll_out(run, conditioning, [group * size + i for group in groups for i in range(size)], number)
-        images = run.policy.decode(rollout.x0)
+        conditioning = run.policy.encode([p.text for p in prompts])
+        rollout = roll_out(run, conditioning, indices, number, watch)
     with run.booked("reward"):
-        scores = run.reward(images, prompts)
+        scores = run.scorer.finish()
+        run.spend_on_rewards(scores.seconds)
+        keep_unscored(run.folder, np.concatenate(images), prompts, scores, f"epoch-{epoch}-{number}-{run.world.rank}")
+        unscored = np.array(scores.missing.reshape(len(groups), size).any(1))
+        run.check_missing(scores, unscored)
         samples = Samples(
             rollout=rollout,
             conditioning=conditioning,
@@ -93,20 +114,34 @@ def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
             group=torch.tensor(groups).repeat_interleave(size),
             metrics={},
         )
-        informative = len(_unequal(samples)) / len(groups)
-        metrics = run.world.mean({**means("rollout", scores), "rollout/informative_groups": informative})
-    if not math.isfinite(metrics["rollout/score"]):
-        raise Diverged("reward is no longer finite")
+        shares = {
+            "rollout/informative_groups": len(_unequal(samples)) / len(groups),
+            "rollout/missing_groups": float(unscored.mean()),
+        }
+        metrics = run.world.mean(means("rollout", scores) | shares)
     return replace(samples, metrics=metrics)
 
 
 @torch.no_grad()
-def roll_out(run: Run, conditioning: Conditioning, samples: Sequence[int], number: int = 0) -> Rollout:
-    """These samples of a round under the old policy, batch by batch, the same for every batch size."""
+def roll_out(
+    run: Run,
+    conditioning: Conditioning,
+    samples: Sequence[int],
+    number: int = 0,
+    watch: Callable[[slice, Rollout], None] | None = None,
+) -> Rollout:
+    """These samples of a round under the old policy, batch by batch, the same for every batch size.
+
+    `watch` sees each batch when it is done; it sees the first again where memory did not suffice.
+    """
 
     def in_batches(size: int) -> Rollout:
-        parts = batches(len(samples), size)
-        return concatenate([_batch(run, conditioning.rows(rows), number, samples[rows]) for rows in parts])
+        parts = []
+        for rows in batches(len(samples), size):
+            parts.append(_batch(run, conditioning.rows(rows), number, samples[rows]))
+            if watch:
+                watch(rows, parts[-1])
+        return concatenate(parts)
 
     with run.policy.using("old"):
         return run.in_memory("rollout", run.recipe.rollout.batch_size, in_batches)
@@ -149,8 +184,14 @@ def _recorded(field: Velocity, seen: list[Tensor]) -> Velocity:
     return recording
 
 
+def _scored(samples: Samples) -> Samples:
+    """The groups in which every sample has a score."""
+    unscored = samples.group[~samples.score.isfinite()]
+    return samples.rows((~torch.isin(samples.group, unscored)).nonzero()[:, 0])
+
+
 def _unequal(samples: Samples) -> list[int]:
-    """The groups whose rewards differ."""
+    """The groups whose rewards differ; not those with a missing one."""
     groups, sizes = torch.unique_consecutive(samples.group, return_counts=True)
     score = samples.score.view(-1, int(sizes[0]))
     unequal: list[int] = groups[score.max(1).values > score.min(1).values].tolist()

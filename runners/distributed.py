@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -42,27 +41,33 @@ class World:
         gathered: list[Value] = [value] if self.size == 1 else gather_object([value])
         return gathered
 
-    def rows(self, rows: Tensor) -> Tensor:
-        """The rows [b, ...] of all processes one after the other; `own` says which are this process's."""
-        return torch.cat(self.everyone(rows))
+    def rows(self, rows: Tensor) -> tuple[Tensor, slice]:
+        """The rows [b, ...] of all processes one after the other, and where those of this process are among them."""
+        parts = self.everyone(rows)
+        start = sum(len(part) for part in parts[: self.rank])
+        return torch.cat(parts), slice(start, start + len(rows))
 
-    def own(self, num_rows: int) -> slice:
-        """Where the `num_rows` rows of this process are among those of all."""
-        return slice(self.rank * num_rows, (self.rank + 1) * num_rows)
+    def mean(self, values: Mapping[str, float], share: float | None = None) -> dict[str, float]:
+        """The mean over processes, value by value, each with its share of the whole (by default an equal one).
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean over processes, value by value."""
-        all_values = self.everyone(dict(values))
-        return {name: float(np.mean([of_one[name] for of_one in all_values])) for name in values}
+        Processes with a share of 0 may have no values.
+        """
+        every = self.everyone((dict(values), 1 / self.size if share is None else share))
+        names = next((of_one for of_one, part in every if part), {})
+        return {name: float(sum(part * of_one[name] for of_one, part in every if part)) for name in names}
 
-    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace every gradient by its mean over the processes."""
+    def average_gradients(self, parameters: Sequence[Tensor], share: float) -> None:
+        """Replace every gradient by its mean over the processes, each with its share of the whole."""
         if self.size == 1:
             return
+        there = [any(of_all) for of_all in zip(*self.everyone([p.grad is not None for p in parameters]), strict=True)]
+        for p, needed in zip(parameters, there, strict=True):
+            if needed and p.grad is None:  # of a process that had nothing to do
+                p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, share)
         for work in [distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
             work.wait()
-        torch._foreach_div_(gradients, self.size)
 
     def share(self, tensors: Sequence[Tensor]) -> None:
         """Take over the tensors of the first process, in place."""

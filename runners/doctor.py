@@ -18,6 +18,7 @@ from ablate.forecast import disk_bytes
 from ablate.geometry import possible_devices
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
+from ablate.recipe import reward_terms
 from ablate.source import InputError
 from runners.hub import check_model
 from runners.memory_estimate import estimate, read_architecture
@@ -116,8 +117,7 @@ def _model(cell: Cell) -> Iterator[Finding]:
 def _prompts(cell: Cell) -> Iterator[Finding]:
     recipe = cell.recipe
     reward = load_reward(recipe.reward)
-    rewards = [recipe.reward] if isinstance(recipe.reward, str) else list(recipe.reward)
-    scenes = [name for name in rewards if name.endswith("scenes")]
+    scenes = [term.name for term in reward_terms(recipe.reward) if term.name == "scenes"]
     if scenes and recipe.model.resolution != 32:
         yield Finding(
             "warning",

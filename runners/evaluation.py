@@ -18,9 +18,10 @@ from ablate.samplers.ode import ODE
 from ablate.seeding import streams
 from runners.policy import SD3Policy
 from runners.prompts import Prompt
-from runners.rewards import RewardOutput
-from runners.rewards.protocol import joined
+from runners.rewards import RewardOutput, WeightedSum
+from runners.rewards.protocol import Images, joined
 from runners.run import Run
+from runners.scoring import Scorer, keep_unscored
 
 NUM_PICTURED = 24  # images that are kept, in rows of six, with what the reward said of them
 
@@ -37,8 +38,13 @@ def evaluate(run: Run) -> dict[str, float]:
         with policy.using("average" if recipe.ema_decay and run.progress.update else "current"):
             sigmas = diffusers_sigmas(recipe.num_steps, policy.shift)
             images = generate(policy, prompts, own, recipe, sigmas, run.recipe.rollout.batch_size)
-        scores = joined(world.everyone(run.reward(images, [prompts[i] for i in own])))
-    found = means("eval", scores, prompts) | (measure_panel(run, images, prompts) if run.panel else {})
+        asked = [prompts[i] for i in own]
+        own_scores = run.scorer(images, asked)
+        run.spend_on_rewards(own_scores.seconds)
+        keep_unscored(run.folder, images, asked, own_scores, f"evaluation-{run.progress.epoch}-{world.rank}")
+        run.check_missing(own_scores, own_scores.missing)
+        scores = joined(world.everyone(own_scores))
+    found = means("eval", scores, prompts) | (measure_panel(run, run.panel, images, prompts) if run.panel else {})
     target = run.recipe.budget.target
     run.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target
     pictures = np.concatenate(world.everyone(images[: np.searchsorted(own, NUM_PICTURED)]))
@@ -47,14 +53,20 @@ def evaluate(run: Run) -> dict[str, float]:
     return found
 
 
-def measure_panel(run: Run, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> dict[str, float]:
-    """What the panel says of the images of all processes: means, and their standard errors over images."""
+def measure_panel(run: Run, panel: WeightedSum, images: Images, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """What the panel says of the images of all processes: means, and their standard errors over images.
+
+    A measure that fails is missing; it ends nothing.
+    """
+    found: dict[str, float] = {}
     with run.booked("eval"):
         everything = np.concatenate(run.world.everyone(images))
-        scores = {name: measure(everything, prompts).score for name, measure in run.panel.items()}
-    values = {f"eval/panel/{name}": float(score.mean()) for name, score in scores.items()}
-    errors = {f"eval/panel_se/{name}": float(score.std() / len(score) ** 0.5) for name, score in scores.items()}
-    return values | errors
+        for name, reward in panel.rewards.items():
+            scores = Scorer(reward, run.recipe.scoring.timeout)(everything, prompts)
+            score = scores.score[~scores.missing]
+            found[f"eval/panel/{name}"] = float(score.mean()) if len(score) else np.nan
+            found[f"eval/panel_se/{name}"] = float(score.std() / len(score) ** 0.5) if len(score) else np.nan
+    return found
 
 
 def keep_pictures(run: Run, images: NDArray[np.uint8], prompts: Sequence[Prompt], scores: RewardOutput) -> None:
@@ -97,12 +109,18 @@ def contact_sheet(images: NDArray[np.uint8], columns: int = 6) -> Image.Image:
 
 
 def means(phase: str, scores: RewardOutput, prompts: Sequence[Prompt] = ()) -> dict[str, float]:
+    """Means over the images that have a score, and by family of prompts where these are given; NaN without any."""
     values = {"score": scores.score, **scores.parts}
-    found = {f"{phase}/{name}": float(v.mean()) for name, v in values.items()}
+    found = {f"{phase}/{name}": _mean(v) for name, v in values.items()}
     tags = np.array([p.tag for p in prompts])
     for tag in dict.fromkeys(tags.tolist()):
-        found |= {f"{phase}/{name}/{tag}": float(v[tags == tag].mean()) for name, v in scores.parts.items()}
+        found |= {f"{phase}/{name}/{tag}": _mean(v[tags == tag]) for name, v in scores.parts.items()}
     return found
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    there = values[np.isfinite(values)]
+    return float(there.mean()) if len(there) else np.nan
 
 
 def batches(num_samples: int, batch_size: int) -> Iterator[slice]:

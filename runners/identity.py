@@ -18,10 +18,10 @@ def identify(recipe: Recipe) -> dict[str, str]:
 
     Raises FieldError for a reward or a local model that does not exist, or prompt files that cannot be used.
     """
-    panel = [load_reward(name, "evaluation.panel").identity for name in recipe.evaluation.panel]
+    panel = recipe.evaluation.panel
     return {
         "reward": load_reward(recipe.reward).identity,
-        **({"panel": ", ".join(panel)} if panel else {}),
+        **({"panel": load_reward(panel, "evaluation.panel").identity} if panel else {}),
         "model": _model(recipe.model.path),
         **_prompts(recipe.prompts),
     }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ablate.components import build
@@ -27,7 +30,8 @@ from runners.distributed import World, join
 from runners.memory import in_memory
 from runners.policy import SD3Policy
 from runners.prompts import PromptSource, load_prompts
-from runners.rewards import Reward, load_reward
+from runners.rewards import RewardOutput, RewardUnavailable, WeightedSum, load_reward
+from runners.scoring import Scorer, why_missing
 
 Result = TypeVar("Result")
 
@@ -45,19 +49,27 @@ class Run:
     world: World
     policy: SD3Policy
     prompts: PromptSource
-    reward: Reward
-    panel: dict[str, Reward]  # measured on held-out images alone
+    reward: WeightedSum
+    panel: WeightedSum | None  # measured on held-out images alone
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss, for float16
     progress: Progress
     target_reached: bool = False
     batch_sizes: dict[str, int] = field(default_factory=dict)  # of rollout and update, as they fitted into memory
+    scorer: Scorer = field(init=False)
     objective: Any = field(init=False)
     estimator: Any = field(init=False)
     sampler: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.objective, self.estimator, self.sampler = (build(a, self.cell.components[a]) for a in COMPONENT_AXES)
+        meanwhile = self.policy.device.type == "cuda" or self.reward.remote
+        self.scorer = Scorer(self.reward, self.recipe.scoring.timeout, meanwhile=meanwhile)
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What each reward is, and each of the held-out panel."""
+        return self.reward.identities | (self.panel.identities if self.panel else {})
 
     @property
     def recipe(self) -> Recipe:
@@ -96,6 +108,23 @@ class Run:
         cost, devices = self.progress.cost, self.world.size
         self.progress.cost = cost.model_copy(update={k: getattr(cost, k) + devices * v for k, v in amounts.items()})
 
+    def spend_on_rewards(self, seconds: Mapping[str, float]) -> None:
+        """Book what each reward took, wherever it worked."""
+        cost, devices = self.progress.cost, self.world.size
+        rewards = cost.rewards | {name: cost.rewards.get(name, 0.0) + devices * s for name, s in seconds.items()}
+        self.progress.cost = cost.model_copy(update={"rewards": rewards})
+
+    def check_missing(self, scores: RewardOutput, unscored: NDArray[np.bool_]) -> None:
+        """Raise RewardUnavailable on all processes where more scores are missing than the recipe bears.
+
+        `unscored` are the groups, or images, of this process that have none.
+        """
+        every = self.world.everyone((int(unscored.sum()), len(unscored), why_missing(scores)))
+        lost, number = sum(few for few, _, _ in every), sum(many for _, many, _ in every)
+        if lost > self.recipe.scoring.max_missing * number:
+            reason = next(reason for *_, reason in every if reason)
+            raise RewardUnavailable(f"no score for {lost} of {number} groups or images: {reason}")
+
     def agreed(self, stop: bool) -> bool:
         """Whether any process asks to stop; all take over the first one's ledger, so that all find it spent at once."""
         asked = self.world.everyone((stop, self.progress.cost))
@@ -121,8 +150,8 @@ class Run:
             "update": progress.update,
             "device_hours": round(cost.device_hours, 7),
             "nfe": cost.nfe,
-            **metrics,
-            **{f"cost/{name}": round(value, 4) for name, value in cost.model_dump().items()},
+            **{name: value for name, value in metrics.items() if math.isfinite(value)},  # the rest is missing
+            **cost.flat(),
         }
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -143,6 +172,11 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
         weight_decay=update.weight_decay,
     )
     scaler = torch.amp.GradScaler(world.device.type, enabled=cell.recipe.model.dtype == "float16")
+    reward = load_reward(cell.recipe.reward)
+    panel = load_reward(cell.recipe.evaluation.panel, "evaluation.panel") if cell.recipe.evaluation.panel else None
+    for needed in (reward, panel) if panel else (reward,):
+        needed.load(str(world.device))
+        needed.self_check()
     progress = checkpoint.restore(folder, policy, optimizer, scaler) or Progress()
     if len(set(world.everyone(progress.update))) > 1:
         raise InputError(f"{folder}: the processes of this cell see different checkpoints; is it on a shared disk?")
@@ -155,8 +189,8 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
         world=world,
         policy=policy,
         prompts=load_prompts(cell.recipe.prompts),
-        reward=load_reward(cell.recipe.reward),
-        panel={name: load_reward(name, "evaluation.panel") for name in cell.recipe.evaluation.panel},
+        reward=reward,
+        panel=panel,
         optimizer=optimizer,
         scaler=scaler,
         progress=progress,
@@ -169,7 +203,7 @@ def _drop_lines_after(folder: Path, progress: Progress) -> None:
     if not path.exists() or path.stat().st_size <= progress.metrics_bytes:
         return
     if lines := read_metrics(folder):
-        spent = Ledger(**{k.removeprefix("cost/"): v for k, v in lines[-1].items() if k.startswith("cost/")})
+        spent = Ledger.of_line(lines[-1])
         again = 3600 * (spent.device_hours - progress.cost.device_hours)
         progress.cost = progress.cost.model_copy(update={"lost": spent.lost + again})
     with path.open("rb+") as file:

@@ -23,6 +23,7 @@ from runners.distributed import join, leave
 from runners.evaluation import evaluate
 from runners.export import export
 from runners.provenance import note_attempt, provenance
+from runners.rewards import RewardUnavailable
 from runners.run import Diverged, Run, set_up
 from runners.update import update
 
@@ -40,17 +41,20 @@ def train_cell(folder: Path) -> Record:
             (folder / name).unlink(missing_ok=True)
     attempts = world.everyone(attempts)[0]  # nobody goes on, and nobody fails, before
     progress, status, message = Progress(), Status.FAILED, ""
+    identities: dict[str, str] = {}
     writes = world.main
     try:
         with _interruption() as interrupted:
             run = set_up(folder, cell, world=world)
-            progress = run.progress
+            progress, identities = run.progress, run.identities
             status = Status.DONE if _train(run, interrupted) else Status.INTERRUPTED
             if status.final and cell.recipe.export_weights and world.main:
                 export(folder, cell, run.policy)
         leave()
     except Diverged as divergence:
         status, message = Status.DIVERGED, str(divergence)
+    except RewardUnavailable as error:
+        status, message = Status.REWARD_UNAVAILABLE, str(error)
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     except Exception as error:  # of the export too: its checkpoint is kept, and the next start exports again
@@ -67,6 +71,7 @@ def train_cell(folder: Path) -> Record:
         epochs=progress.epoch,
         cost=progress.cost,
         metrics={k: v for k, v in last.items() if k.startswith("eval/")},
+        rewards=identities,
         provenance=provenance(world.size),
     )
     if writes:
@@ -89,30 +94,53 @@ def _first_to_fail(folder: Path) -> bool:
 def _train(run: Run, interrupted: list[int]) -> bool:
     """Epochs until the budget is spent; False when a signal asked to stop."""
     recipe, progress = run.recipe, run.progress
-    if progress.epoch == 0:
-        run.log(evaluate(run))
+    if progress.epoch == 0 or progress.pending:
+        _evaluate_and_log(run, progress.pending)
     while not run.spent:
-        metrics = train_epoch(run)
+        try:
+            metrics = train_epoch(run)
+        except RewardUnavailable:  # before any step of this epoch
+            _save(run)
+            raise
         progress.epoch += 1
         stop = run.agreed(bool(interrupted))
         if progress.epoch % recipe.evaluation.every == 0 or run.spent:
-            metrics |= evaluate(run)
-        run.log(metrics)
+            _evaluate_and_log(run, metrics)
+        else:
+            run.log(metrics)
         if stop or progress.epoch % recipe.checkpoint_every == 0:
-            with run.booked("checkpoint"):
-                if run.world.main:
-                    checkpoint.save(run.folder, progress, run.policy, run.optimizer, run.scaler)
-                run.world.everyone(None)  # so that nobody ends before it is written
+            _save(run)
         if stop and not run.spent:
             return False
     return True
 
 
+def _evaluate_and_log(run: Run, metrics: dict[str, float]) -> None:
+    """Log the metrics of an epoch with its evaluation; they are kept where the evaluation has no rewards."""
+    try:
+        evaluated = evaluate(run)
+    except RewardUnavailable:
+        run.progress.pending = metrics
+        if metrics:
+            _save(run)
+        raise
+    run.log(metrics | evaluated)
+    run.progress.pending = {}
+
+
+def _save(run: Run) -> None:
+    with run.booked("checkpoint"):
+        if run.world.main:
+            checkpoint.save(run.folder, run.progress, run.policy, run.optimizer, run.scaler)
+        run.world.everyone(None)  # so that nobody ends before it is written
+
+
 def train_epoch(run: Run) -> dict[str, float]:
     """Roll out from the old policy, score, and update on the images' likelihoods under the shared probe."""
-    samples, world = collect(run), run.world
-    rewards, group = world.rows(samples.rewards), world.rows(samples.group)
-    advantage = advantages(rewards, group, run.recipe.advantage, samples.weights)[world.own(len(samples.group))]
+    samples = collect(run)
+    rewards, own = run.world.rows(samples.rewards)
+    group, _ = run.world.rows(samples.group)
+    advantage = advantages(rewards, group, run.recipe.advantage, samples.weights)[own]
     with run.booked("update"):
         trained = update(run, samples, advantage.float())
     return {**samples.metrics, **{f"train/{name}": value for name, value in trained.items()}}

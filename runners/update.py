@@ -29,10 +29,14 @@ def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
     metrics: list[dict[str, float]] = []
     for groups in run.shares():
         rows = torch.isin(group, groups).nonzero()[:, 0]
-        metrics.append(_step(run, samples, probe, advantage, rows, on_policy=on_policy))
+        num_rows = sum(run.world.everyone(len(rows)))
+        if num_rows == 0:  # no group of this update has a score
+            continue
+        share = len(rows) / num_rows
+        metrics.append(_step(run, samples, probe, advantage, rows, share, on_policy=on_policy))
         on_policy = False
     run.policy.blend("old", recipe.old_policy.decay(progress.update))
-    return {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+    return {name: float(np.mean([m[name] for m in metrics])) for name in (metrics[0] if metrics else ())}
 
 
 def draw_probe(run: Run, samples: Samples, kind: str, num_points: int | None, *labels: int) -> Probe:
@@ -68,9 +72,9 @@ def asking(run: Run, probe: Probe, conditioning: Conditioning) -> Ask:
 
 
 def _step(
-    run: Run, samples: Samples, probe: Probe, advantage: Tensor, rows: Tensor, *, on_policy: bool
+    run: Run, samples: Samples, probe: Probe, advantage: Tensor, rows: Tensor, share: float, *, on_policy: bool
 ) -> dict[str, float]:
-    """One optimizer step on these samples."""
+    """One optimizer step on these samples, which are this share of those of all processes."""
     recipe, policy, progress = run.recipe, run.policy, run.progress
     there = rows.to(policy.device)
     part = take(probe, there)
@@ -85,6 +89,8 @@ def _step(
 
     def gradient(micro_batch_size: int) -> dict[str, Tensor]:
         run.optimizer.zero_grad()
+        if share == 0:
+            return {}
         return accumulate_gradient(
             run.objective,
             run.estimator,
@@ -97,8 +103,8 @@ def _step(
         )
 
     measured = run.in_memory("update", recipe.update.micro_batch_size, gradient)
-    run.world.average_gradients(policy.trainable)
-    metrics = run.world.mean({name: float(value) for name, value in measured.items()})
+    run.world.average_gradients(policy.trainable, share)
+    metrics = run.world.mean({name: float(value) for name, value in measured.items()}, share)
     if on_policy:
         _check_on_policy(run, metrics)
     metrics |= _descend(run)

@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+import importlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
+from ablate.components import instantiate
+from ablate.recipe import RewardSpec, RewardTerm, reward_terms
 from ablate.source import FieldError, choices
 from runners.rewards.combination import WeightedSum
-from runners.rewards.compressibility import JpegReward
-from runners.rewards.protocol import Reward, RewardOutput
-from runners.rewards.scene_quality import BackgroundPurity, LayoutDiversity, ShapeSharpness
-from runners.rewards.scenes import ScenesReward
+from runners.rewards.function import FunctionReward
+from runners.rewards.protocol import About, Reward, RewardOutput, RewardUnavailable
 
-REWARDS: Mapping[str, Callable[[], Reward]] = {
-    "scenes": ScenesReward,
-    "released_scenes": partial(ScenesReward, released=True),
-    "background": BackgroundPurity,
-    "sharpness": ShapeSharpness,
-    "diversity": LayoutDiversity,
-    "jpeg": JpegReward,
+REWARDS: Mapping[str, str] = {
+    "scenes": "runners.rewards.scenes:ScenesReward",
+    "background": "runners.rewards.scene_quality:BackgroundPurity",
+    "sharpness": "runners.rewards.scene_quality:ShapeSharpness",
+    "diversity": "runners.rewards.scene_quality:LayoutDiversity",
+    "jpeg": "runners.rewards.jpeg:JpegReward",
 }
 
 
-def load_reward(spec: str | Mapping[str, float], field: str = "reward") -> Reward:
-    """The reward of a recipe: a name, or names with the weights of their sum. Raises FieldError for unknown ones."""
-    names = [spec] if isinstance(spec, str) else list(spec)
-    for name in names:
-        if name not in REWARDS:
-            raise FieldError(field, f"unknown reward {name!r}{choices(name, REWARDS)}")
-    if isinstance(spec, str):
-        return REWARDS[spec]()
-    return WeightedSum({name: REWARDS[name]() for name in names}, spec)
+def reward_class(name: str) -> Any:
+    """The class of a built-in reward. Modules are imported when they are asked for: some need torch."""
+    module, _, attribute = REWARDS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
-__all__ = ["REWARDS", "Reward", "RewardOutput", "load_reward"]
+def load_reward(spec: RewardSpec, field: str = "reward") -> WeightedSum:
+    """The reward of a recipe, as the sum of its terms. Raises FieldError for unknown names and impossible parameters.
+
+    Equal terms of a process are one instance, so that weights are in memory once.
+    """
+    terms = reward_terms(spec)
+    called = Counter(term.called for term in terms)
+    if repeated := [name for name, number in called.items() if number > 1]:
+        raise FieldError(field, f"{repeated[0]!r} stands for two rewards; give each a label of its own")
+    return WeightedSum(
+        {term.called: load_term(term, field) for term in terms}, {term.called: term.weight for term in terms}
+    )
+
+
+def load_term(term: RewardTerm, field: str = "reward") -> Reward:
+    """A single reward, without its weight."""
+    try:
+        return _instance(term.name, json.dumps(term.parameters, sort_keys=True, default=str))
+    except ValueError as error:  # FieldError names a parameter, which lies within the field
+        raise FieldError(field, str(error)) from None
+
+
+@cache
+def _instance(name: str, parameters: str) -> Reward:
+    given: dict[str, Any] = json.loads(parameters)
+    if name in REWARDS:
+        reward: Reward = instantiate(reward_class(name), name, given)
+        return reward
+    if ":" in name:
+        return FunctionReward(name, given)
+    raise ValueError(f"unknown reward {name!r}{choices(name, REWARDS)}, or 'module:function' of your own")
+
+
+__all__ = ["REWARDS", "About", "Reward", "RewardOutput", "RewardUnavailable", "WeightedSum", "load_reward", "load_term"]

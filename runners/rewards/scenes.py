@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from runners.prompts import Prompt
-from runners.rewards.protocol import RewardOutput
+from runners.rewards.protocol import About, Images, Reward, RewardOutput
 from runners.rewards.rules import Detection, judge
 from runners.tiny.scenes import COLORS, GROUND, SQUARE_SIDE, coverage
 
@@ -32,17 +33,21 @@ _IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
 _GEOMETRY = {"circle": (np.pi, 0.0), "square": (4 * SQUARE_SIDE**2, 0.0), "triangle": (2.0, 1 / 3)}
 
 
-class ScenesReward:
+@dataclass
+class ScenesReward(Reward):
     """`accuracy` (all requirements exactly met) and `score` (partial credit); the score is what is trained on.
 
     `released` scores as GenEval's released training reward does; see `judge`.
     """
 
-    def __init__(self, *, released: bool = False) -> None:
-        self.released = released
-        self.identity = "released-scenes-1" if released else "scenes-1"
+    about: ClassVar[About] = About(units="share", source="GenEval's rules (arXiv 2310.11513) on the embedded world")
+    released: bool = False
 
-    def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> RewardOutput:
+    @property
+    def identity(self) -> str:
+        return "released-scenes-1" if self.released else "scenes-1"
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
         found = detect(images)
         verdicts = [
             judge(detections, prompt, released=self.released) for detections, prompt in zip(found, prompts, strict=True)

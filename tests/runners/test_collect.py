@@ -15,6 +15,7 @@ from ablate.record import Status, read_metrics
 from runners import checkpoint, train
 from runners.collect import collect
 from runners.rewards import RewardOutput
+from runners.scoring import Scorer
 from runners.run import Run, set_up
 
 GRIDS = Path(__file__).parents[2] / "grids"
@@ -48,8 +49,6 @@ def run_of(what: str, tmp_path: Path, **settings: Any) -> Run:
 class Listed:
     """A reward that gives listed scores, call by call."""
 
-    identity = "listed"
-
     def __init__(self, *scores: list[float]) -> None:
         self.scores = list(scores)
 
@@ -70,9 +69,9 @@ def test_without_any_choice_all_samples_are_taken(tmp_path: Path) -> None:
 def test_the_best_and_the_worst_candidates_are_kept(tmp_path: Path) -> None:
     run = run_of(ODE, tmp_path, rollout__candidates=6)
     scores = [5, 1, 4, 2, 3, 0, 1, 1, 1, 1, 1, 0, 0, 1, 2, 3, 4, 5]
-    run.reward = Listed([float(s) for s in scores])
+    run.scorer = Scorer(Listed([float(s) for s in scores]), 60)
     whole = run_of(ODE, tmp_path, rollout__group_size=6)
-    whole.reward = Listed([float(s) for s in scores])
+    whole.scorer = Scorer(Listed([float(s) for s in scores]), 60)
     all_samples, samples = collect(whole), collect(run)
     kept = [0, 1, 2, 5, 6, 7, 10, 11, 12, 13, 16, 17]
     assert samples.score.tolist() == [scores[i] for i in kept]
@@ -84,7 +83,8 @@ def test_the_best_and_the_worst_candidates_are_kept(tmp_path: Path) -> None:
 def test_groups_of_equal_rewards_are_drawn_again(tmp_path: Path) -> None:
     run = run_of(ODE, tmp_path, rollout__resample_rounds=3)
     equal, differing = [1.0] * 4, [0.0, 1.0, 2.0, 3.0]
-    reward = run.reward = Listed(equal + differing + equal, equal * 3, differing * 3, differing * 3)
+    reward = Listed(equal + differing + equal, equal * 3, differing * 3, differing * 3)
+    run.scorer = Scorer(reward, 60)
     samples = collect(run)
     assert len(reward.scores) == 1  # three informative groups after three rounds: the fourth is spared
     assert samples.score.tolist() == differing * 3
@@ -94,7 +94,7 @@ def test_groups_of_equal_rewards_are_drawn_again(tmp_path: Path) -> None:
 
 def test_what_is_missing_after_the_last_round_is_filled_up(tmp_path: Path) -> None:
     run = run_of(ODE, tmp_path, rollout__resample_rounds=1)
-    run.reward = Listed([1.0] * 12, [0.0, 1.0, 2.0, 3.0] + [1.0] * 8)
+    run.scorer = Scorer(Listed([1.0] * 12, [0.0, 1.0, 2.0, 3.0] + [1.0] * 8), 60)
     samples = collect(run)
     assert samples.score.tolist() == [0.0, 1.0, 2.0, 3.0] + [1.0] * 8
     assert samples.metrics["rollout/informative_groups"] == pytest.approx(1 / 6)
