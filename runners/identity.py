@@ -7,10 +7,10 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from ablate.recipe import PromptsRecipe, Recipe
+from ablate.recipe import PromptsRecipe, Recipe, RewardSpec
 from ablate.source import FieldError, InputError, choices
 from runners.prompts import read_prompts
-from runners.rewards import load_reward
+from runners.rewards import RewardUnavailable, load_reward
 
 
 def identify(recipe: Recipe) -> dict[str, str]:
@@ -20,11 +20,18 @@ def identify(recipe: Recipe) -> dict[str, str]:
     """
     panel = recipe.evaluation.panel
     return {
-        "reward": load_reward(recipe.reward).identity,
-        **({"panel": load_reward(panel, "evaluation.panel").identity} if panel else {}),
+        "reward": _reward(recipe.reward, "reward"),
+        **({"panel": _reward(panel, "evaluation.panel")} if panel else {}),
         "model": _model(recipe.model.path),
         **_prompts(recipe.prompts),
     }
+
+
+def _reward(spec: RewardSpec, field: str) -> str:
+    try:
+        return load_reward(spec, field).identity
+    except RewardUnavailable as error:  # a folder that is named and has no weights in it
+        raise FieldError(field, str(error)) from None
 
 
 def _prompts(recipe: PromptsRecipe) -> dict[str, str]:

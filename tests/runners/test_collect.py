@@ -15,8 +15,8 @@ from ablate.record import Status, read_metrics
 from runners import checkpoint, train
 from runners.collect import collect
 from runners.rewards import RewardOutput
-from runners.scoring import Scorer
 from runners.run import Run, set_up
+from runners.scoring import Scorer
 
 GRIDS = Path(__file__).parents[2] / "grids"
 GROUPS, SIZE = 3, 4
