@@ -48,10 +48,9 @@ def _name_or_terms(value: object) -> object:
     weights = value.values() if isinstance(value, dict) else []
     if isinstance(value, str) or (weights and all(type(weight) in (int, float) for weight in weights)):
         return value
-    if isinstance(value, dict) and "name" in value:
-        return [value]
-    if isinstance(value, (list, tuple)) and value:
-        return value
+    terms = [value] if isinstance(value, dict) and "name" in value else value
+    if isinstance(terms, (list, tuple)) and terms and all(isinstance(term, (str, dict, RewardTerm)) for term in terms):
+        return tuple(RewardTerm.model_validate(term) if isinstance(term, dict) else term for term in terms)
     raise ValueError(
         f"got {value!r}, expected a name, names with weights as in {{scenes: 1, jpeg: 0.1}}, or a list of "
         "{name: ..., weight: ...} with the parameters of each"

@@ -56,6 +56,11 @@ class Ledger(Strict):
     backwards: int = 0
     rewards: dict[str, float] = {}  # by reward, wherever it worked; `reward` is what training waited for them
 
+    def undone(self, before: Ledger) -> Ledger:
+        """The ledger from before, where what was spent since has to be done again."""
+        again = 3600 * (self.device_hours - before.device_hours)
+        return before.model_copy(update={"lost": self.lost + again})
+
     @classmethod
     def phases(cls) -> tuple[str, ...]:
         """The amounts that are one number."""

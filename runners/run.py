@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,9 +174,7 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
     scaler = torch.amp.GradScaler(world.device.type, enabled=cell.recipe.model.dtype == "float16")
     reward = load_reward(cell.recipe.reward)
     panel = load_reward(cell.recipe.evaluation.panel, "evaluation.panel") if cell.recipe.evaluation.panel else None
-    for needed in (reward, panel) if panel else (reward,):
-        needed.load(str(world.device))
-        needed.self_check()
+    _check([reward, panel] if panel else [reward], world)
     progress = checkpoint.restore(folder, policy, optimizer, scaler) or Progress()
     if len(set(world.everyone(progress.update))) > 1:
         raise InputError(f"{folder}: the processes of this cell see different checkpoints; is it on a shared disk?")
@@ -197,14 +195,25 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
     )
 
 
+def _check(rewards: Sequence[WeightedSum], world: World) -> None:
+    """Load rewards and let each check itself. Raises RewardUnavailable on all processes where one of them fails."""
+    problem = ""
+    try:
+        for reward in rewards:
+            reward.load(str(world.device))
+            reward.self_check()
+    except RewardUnavailable as error:
+        problem = str(error)
+    if problem := next(filter(None, world.everyone(problem)), ""):
+        raise RewardUnavailable(problem)
+
+
 def _drop_lines_after(folder: Path, progress: Progress) -> None:
     """Cut metrics.jsonl back to the checkpoint; the seconds of the epochs to be done again are booked as lost."""
     path = folder / "metrics.jsonl"
     if not path.exists() or path.stat().st_size <= progress.metrics_bytes:
         return
     if lines := read_metrics(folder):
-        spent = Ledger.of_line(lines[-1])
-        again = 3600 * (spent.device_hours - progress.cost.device_hours)
-        progress.cost = progress.cost.model_copy(update={"lost": spent.lost + again})
+        progress.cost = Ledger.of_line(lines[-1]).undone(progress.cost)
     with path.open("rb+") as file:
         file.truncate(progress.metrics_bytes)

@@ -97,9 +97,11 @@ def _train(run: Run, interrupted: list[int]) -> bool:
     if progress.epoch == 0 or progress.pending:
         _evaluate_and_log(run, progress.pending)
     while not run.spent:
+        before = progress.cost
         try:
             metrics = train_epoch(run)
         except RewardUnavailable:  # before any step of this epoch
+            progress.cost = progress.cost.undone(before)
             _save(run)
             raise
         progress.epoch += 1
@@ -138,6 +140,8 @@ def _save(run: Run) -> None:
 def train_epoch(run: Run) -> dict[str, float]:
     """Roll out from the old policy, score, and update on the images' likelihoods under the shared probe."""
     samples = collect(run)
+    if not sum(run.world.everyone(len(samples.group))):  # nothing has a score
+        return samples.metrics
     rewards, own = run.world.rows(samples.rewards)
     group, _ = run.world.rows(samples.group)
     advantage = advantages(rewards, group, run.recipe.advantage, samples.weights)[own]

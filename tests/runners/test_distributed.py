@@ -150,6 +150,24 @@ def test_two_processes_do_what_one_does(name: str, tmp_path: Path) -> None:
         assert (folders[1] / "samples" / name_of_file).exists()
 
 
+def test_two_processes_leave_out_the_same_groups_as_one(tmp_path: Path) -> None:
+    """Shares differ then: gradients are weighted by the samples that each process still has."""
+    cell = CELLS["grpo/elbo-simple/ode"]
+    scoring = cell.recipe.scoring.model_copy(update={"max_missing": 0.9})
+    folders = [
+        folder_of(cell, tmp_path / str(size), reward="own_rewards:not_of_circles", scoring=scoring) for size in (1, 2)
+    ]
+    for size, folder in enumerate(folders, start=1):
+        assert finish(start(folder, size, double=True)) == [0] * size
+    one, two = (read_metrics(folder) for folder in folders)
+    assert 0 < max(line.get("rollout/missing_groups", 0) for line in one) < 1
+    for a, b in zip(one, two, strict=True):
+        for key in ("rollout/missing_groups", "train/grad_norm", "train/loss", "eval/score"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-6, abs=1e-12), key
+    for a, b in zip(*(weights(folder).values() for folder in folders), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
 def lines(folder: Path) -> list[str]:
     """metrics.jsonl without what the clock decides."""
     kept = []

@@ -1,0 +1,279 @@
+"""Scores that are missing: which images they are, what an epoch does without them, and when a cell stops."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cells import folder_of
+from own_rewards import brightness
+
+from ablate.grid import load_grid
+from ablate.plan import make_plan
+from ablate.record import Status, read_metrics
+from ablate.source import FieldError
+from runners import train
+from runners.collect import Samples, collect
+from runners.prompts import Prompt
+from runners.rewards import RewardOutput, RewardUnavailable, load_reward
+from runners.rewards.protocol import fixed_inputs
+from runners.run import set_up
+from runners.scoring import AT_ONCE, Scorer, score
+
+GRID = Path(__file__).parents[2] / "grids" / "tiny.yaml"
+SMALL = {
+    "rollout.num_groups": 6,
+    "rollout.group_size": 4,
+    "rollout.num_steps": 4,
+    "rollout.batch_size": 5,
+    "update.updates_per_epoch": 2,
+    "update.micro_batch_size": 16,
+    "evaluation.num_prompts": 6,
+    "evaluation.num_steps": 2,
+    "evaluation.panel": [],
+    "budget.epochs": 3,
+}
+PROMPTS = [Prompt(text=text) for text in ("a circle", "a square", "a triangle") for _ in range(2)]
+IMAGES = np.arange(6, dtype=np.uint8)[:, None, None, None].repeat(3, 3)  # [6, 1, 1, 3]
+
+
+def cell(reward: object, **settings: object):
+    """The grpo cell of a small grid with this reward."""
+    planned = make_plan(load_grid(GRID, {**SMALL, "reward": reward, **settings}))
+    return next(c for c in planned.cells if (c.objective, c.estimator, c.sampler) == ("grpo", "elbo-simple", "ode"))
+
+
+def seen(images, prompts):
+    return RewardOutput(score=images[:, 0, 0, 0].astype(float))
+
+
+def test_only_the_prompts_that_a_reward_fails_on_have_no_score() -> None:
+    def of_squares_alone(images, prompts):
+        if any(p.text != "a square" for p in prompts):
+            raise ValueError(f"got {prompts[0].text}")
+        return seen(images, prompts)
+
+    output = score(of_squares_alone, IMAGES, PROMPTS)
+    assert output.missing.tolist() == [True, True, False, False, True, True]
+    assert output.score[2:4].tolist() == [2, 3]
+    assert output.reasons[0] == "ValueError: got a circle"
+
+
+def test_a_reward_that_is_out_of_reach_is_asked_once() -> None:
+    asked = []
+
+    def down(images, prompts):
+        asked.append(len(images))
+        raise RewardUnavailable("no server")
+
+    output = score(down, IMAGES, PROMPTS)
+    assert asked == [6]
+    assert output.missing.all()
+    assert set(output.reasons) == {"no server"}
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_images_of_one_prompt_are_scored_together_and_in_order(meanwhile: bool) -> None:
+    pieces = []
+
+    def recorded(images, prompts):
+        pieces.append([p.text for p in prompts])
+        return seen(images, prompts)
+
+    scorer = Scorer(recorded, timeout=60, meanwhile=meanwhile)
+    scorer.begin()
+    for rows in (slice(0, 3), slice(3, 5), slice(5, 6)):
+        scorer.hand_over(IMAGES[rows], PROMPTS[rows])
+    assert scorer.finish().score.tolist() == list(range(6))
+    assert [text for piece in pieces for text in piece] == [p.text for p in PROMPTS]
+    assert all(piece.count(text) == 2 for piece in pieces for text in piece)
+    assert len(pieces) == (3 if meanwhile else 1)
+
+
+def test_scoring_goes_on_while_the_caller_does_something_else() -> None:
+    begun = threading.Event()
+
+    def waits(images, prompts):
+        begun.set()
+        return seen(images, prompts)
+
+    scorer = Scorer(waits, timeout=60, meanwhile=True)
+    scorer.begin()
+    scorer.hand_over(IMAGES, PROMPTS)
+    assert begun.wait(10)  # before anybody asked for the scores
+    assert scorer.finish().score.tolist() == list(range(6))
+
+
+def test_many_images_are_scored_in_pieces() -> None:
+    sizes = []
+
+    def recorded(images, prompts):
+        sizes.append(len(images))
+        return seen(images, prompts)
+
+    prompts = [Prompt(text=str(i // 24)) for i in range(24 * 24)]
+    images = np.zeros((len(prompts), 1, 1, 3), np.uint8)
+    assert len(Scorer(recorded, timeout=60)(images, prompts).score) == len(prompts)
+    assert len(sizes) > 1
+    assert all(size % 24 == 0 and size < AT_ONCE + 24 for size in sizes)
+
+
+def test_a_reward_that_hangs_is_given_up_and_stays_so() -> None:
+    let_go = threading.Event()
+
+    def hangs(images, prompts):
+        let_go.wait()
+        return seen(images, prompts)
+
+    scorer = Scorer(hangs, timeout=0.2)
+    start = time.monotonic()
+    assert scorer(IMAGES, PROMPTS).reasons[0] == "no answer within 0.2 s"
+    assert scorer(IMAGES, PROMPTS).missing.all()  # at once
+    assert time.monotonic() - start < 10
+    let_go.set()
+
+
+def test_threads_end_with_their_work() -> None:
+    before = threading.active_count()
+    scorer = Scorer(seen, timeout=60)
+    for _ in range(3):
+        scorer(IMAGES, PROMPTS)
+    while threading.active_count() > before:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", ["not_of_circles", "raises_at_circles"])
+def test_groups_without_a_score_are_left_out_and_counted(name: str, tmp_path: Path) -> None:
+    run = set_up(tmp_path, cell(f"own_rewards:{name}", **{"scoring.max_missing": 0.9}))
+    run.prompts = OneCircle()
+    samples = collect(run)
+    assert samples.group.unique().tolist() == [0, 1, 3, 4, 5]
+    assert samples.score.isfinite().all()
+    assert len(samples.rollout.x0) == len(samples.conditioning.tokens) == 20
+    assert samples.metrics["rollout/missing_groups"] == pytest.approx(1 / 6)
+    kept = [json.loads(line) for line in (tmp_path / "unscored" / "unscored.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in kept] == ["a circle"] * 4
+    assert all((tmp_path / "unscored" / line["image"]).exists() for line in kept)
+    reasons = {"not_of_circles": "not a finite number", "raises_at_circles": "ValueError: no circles, please"}
+    assert kept[0]["reason"] == reasons[name]
+
+
+class OneCircle:
+    """Six prompts, the third with a circle."""
+
+    def train(self, num_prompts, generator):
+        return [Prompt(text="a circle" if i == 2 else f"a square {i}") for i in range(num_prompts)]
+
+    def fixed(self, split, num_prompts):
+        return self.train(num_prompts, None)
+
+
+def test_an_update_without_a_group_is_that_of_the_other_groups(tmp_path: Path, monkeypatch) -> None:
+    """The gradient of what is left is a mean over what is left."""
+
+    def epoch(name: str) -> dict[str, float]:
+        run = set_up(tmp_path, cell(f"own_rewards:{name}", **{"scoring.max_missing": 0.9}))
+        run.prompts = OneCircle()
+        return train.train_epoch(run)
+
+    without_a_score = epoch("not_of_circles")
+    monkeypatch.setattr(train, "collect", lambda run: all_but(collect(run), 2))
+    taken_out_by_hand = epoch("brightness")
+    assert without_a_score["train/grad_norm"] > 0
+    for key in ("train/grad_norm", "train/loss", "train/kl"):
+        assert without_a_score[key] == pytest.approx(taken_out_by_hand[key], rel=1e-6)
+
+
+def all_but(samples: Samples, group: int) -> Samples:
+    return samples.rows((samples.group != group).nonzero()[:, 0])
+
+
+def test_an_epoch_without_any_score_takes_no_step(tmp_path: Path) -> None:
+    run = set_up(tmp_path, cell("own_rewards:not_of_circles", **{"scoring.max_missing": 0.99}))
+    run.prompts = OneCircle()
+    run.scorer = Scorer(lambda images, prompts: RewardOutput(score=np.full(len(images), np.nan)), 60)
+    run.check_missing = lambda *_: None
+    before = [p.clone() for p in run.policy.trainable]
+    metrics = train.train_epoch(run)
+    assert metrics["rollout/missing_groups"] == 1
+    assert all(torch.equal(p, q) for p, q in zip(run.policy.trainable, before, strict=True))
+    run.log(metrics)
+    assert "rollout/score" not in read_metrics(tmp_path)[0]  # missing, not NaN
+
+
+@pytest.mark.parametrize("calls", [2, 3, 5, 7])
+def test_a_cell_whose_reward_goes_away_resumes_to_the_same_metrics(calls: int, tmp_path: Path) -> None:
+    """Down in the self-check, the first evaluation, an epoch or the last evaluation."""
+    left = tmp_path / "left"
+    spec = [{"name": "own_rewards:until_told", "file": str(left)}]
+    whole, parts = (folder_of(cell(spec), tmp_path / name) for name in ("whole", "parts"))
+    left.write_text("1000")
+    assert train.train_cell(whole).status is Status.DONE
+    left.write_text(str(calls - 1))
+    record = train.train_cell(parts)
+    assert (record.status, record.status.final) == (Status.REWARD_UNAVAILABLE, False)
+    assert "the server is down" in record.message
+    left.write_text("1000")
+    record = train.train_cell(parts)
+    assert record.status is Status.DONE
+    assert (record.cost.lost > 0) == (calls == 5)  # the rollout of the epoch that had to be repeated
+
+    def comparable(folder: Path) -> list[dict[str, float]]:
+        lines = read_metrics(folder)
+        return [{k: v for k, v in line.items() if not k.startswith("cost/") and k != "device_hours"} for line in lines]
+
+    assert comparable(parts) == comparable(whole)
+
+
+def test_a_record_says_what_the_rewards_were_and_what_each_took(tmp_path: Path) -> None:
+    spec = [{"name": "own_rewards:brightness", "label": "bright", "scale": 2.0, "weight": 0.5}, "jpeg"]
+    record = train.train_cell(folder_of(cell(spec), tmp_path))
+    assert (record.status, record.message) == (Status.DONE, "")
+    assert record.rewards["jpeg"] == "jpeg-1"
+    assert record.rewards["bright"].startswith("own_rewards:brightness@")
+    assert record.rewards["bright"].endswith(" scale=2.0")
+    last = read_metrics(tmp_path)[-1]
+    assert last["rollout/score"] == pytest.approx(0.5 * last["rollout/bright"] + last["rollout/jpeg"])
+    assert record.cost.rewards.keys() == {"bright", "jpeg"}
+    assert last["cost/rewards/jpeg"] == pytest.approx(record.cost.rewards["jpeg"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("own_rewards:brihtness", "is no function of own_rewards"),
+        ("no_such_module:f", "cannot be imported"),
+        ([{"name": "own_rewards:brightness", "sclae": 2}], "unexpected keyword argument 'sclae'"),
+        ([{"name": "jpeg", "incompresible": True}], "did you mean 'incompressible'"),
+        ([{"name": "jpeg", "incompressible": "yes"}], "jpeg: "),
+        (["jpeg", "jpeg"], "give each a label of its own"),
+    ],
+)
+def test_impossible_rewards_are_refused(spec: object, message: str) -> None:
+    from ablate.recipe import Recipe  # noqa: PLC0415
+
+    recipe = Recipe.model_validate({"reward": spec, "budget": {"epochs": 1}})
+    with pytest.raises(FieldError, match=message):
+        load_reward(recipe.reward)
+
+
+def test_equal_terms_are_one_instance() -> None:
+    one, other = load_reward("jpeg"), load_reward({"scenes": 1, "jpeg": 0.1})
+    assert one.rewards["jpeg"] is other.rewards["jpeg"]
+
+
+def test_a_self_check_finds_a_reward_that_is_not_deterministic() -> None:
+    rewards = load_reward("own_rewards:brightness")
+    rewards.self_check()
+    images, prompts = fixed_inputs()
+    assert rewards(images, prompts).score.tolist() == brightness(images, prompts).tolist()
+    noise = np.random.default_rng(0)
+    rewards.rewards["own_rewards:brightness"].__dict__["_function"] = lambda images, prompts: noise.random(len(images))
+    with pytest.raises(RewardUnavailable, match="scored the same images"):
+        rewards.self_check()
+    load_reward.__globals__["_instance"].cache_clear()
