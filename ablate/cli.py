@@ -1,4 +1,4 @@
-"""The command line: `ablate plan | run | cell | status | report | eval | probe | bench | doctor | sync | list`.
+"""The command line, from `ablate plan` to `ablate report`.
 
 The one place that knows all packages; each command imports what it needs, so that `--help` is instant.
 """
@@ -361,6 +361,32 @@ def list_components(
         typer.echo(catalogue.markdown(), nl=False)
     else:
         _console().print(catalogue.listing(what))
+
+
+rewards_app = typer.Typer(help="Rewards: what there is, and whether one works here.", no_args_is_help=False)
+app.add_typer(rewards_app, name="rewards")
+
+
+@rewards_app.callback(invoke_without_command=True)
+def rewards(context: typer.Context) -> None:
+    """List rewards with their units, weights, licence, memory and source; `check NAME` tries one."""
+    if context.invoked_subcommand is None:
+        from runners.rewards.listing import listing
+
+        _console().print(listing())
+
+
+@rewards_app.command(name="check")
+def check_reward(
+    name: Annotated[str, typer.Argument(help="A reward, or 'module:function' of your own")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A parameter, e.g. --set folder=weights/", metavar="NAME=VALUE")
+    ] = None,
+) -> None:
+    """Find or download a reward's weights, let it check itself, and show what it says of three small images."""
+    from runners.rewards.listing import check, parameters_of
+
+    _console().print(check(name, parameters_of(_setting(text) for text in settings or ())))
 
 
 def _console() -> Console:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import BaseModel
@@ -30,6 +31,8 @@ from ablate.probe_rows import BiasRow, GradientRow, LevelRow, LikelihoodRow, Mea
 from ablate.recipe import Recipe
 from ablate.record import Ledger, Status
 from ablate.samplers.sde import DDIM
+from runners.rewards import load_reward
+from runners.rewards.protocol import fixed_inputs
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
@@ -73,6 +76,7 @@ def test_names_of_recipe_fields_and_commands_exist(page: str) -> None:
     named = set(re.findall(rf"`((?:{groups})\.\w+)[`:=]", PAGES[page]))
     assert named - {path for path, _ in fields(Recipe)} <= {"rollout.py", "kl.py"}
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    commands |= {group.name for group in app.registered_groups}
     assert set(re.findall(r"`ablate (\w+)", PAGES[page])) <= commands
 
 
@@ -205,6 +209,17 @@ def test_the_outside_estimator_is_the_x0_error_weighted_by_the_clipped_snr(examp
 def test_the_outside_sampler_is_ddim_at_eta_sqrt_2(examples: Path) -> None:
     kind = type(example(examples, "sampler"))
     torch.testing.assert_close(roll_out(kind(eta=2**0.5)).x0, roll_out(DDIM(eta=1)).x0)
+
+
+def test_the_outside_reward_scores_red_images(examples: Path) -> None:
+    (usage,) = (text for text in blocks("adding.md", "yaml") if text.startswith("reward:"))
+    recipe = Recipe.model_validate({**YAML(typ="safe", pure=True).load(usage), "budget": {"epochs": 1}})
+    rewards = load_reward(recipe.reward)
+    assert rewards.weights == {"my_reward:redness": 0.5, "jpeg": 1}
+    images, prompts = fixed_inputs()
+    red, grey = np.zeros_like(images[0]) + np.array([204, 51, 0], np.uint8), images[0]
+    scores = rewards.rewards["my_reward:redness"](np.stack([red, grey]), prompts[:2]).score
+    assert scores == pytest.approx([0.6**2, 0])
 
 
 def test_the_component_of_the_readme_keeps_its_contracts() -> None:
