@@ -51,7 +51,7 @@ class Run:
     scaler: torch.amp.GradScaler  # of the loss, for float16
     progress: Progress
     target_reached: bool = False
-    batch_sizes: dict[str, int] = field(default_factory=dict)  # of rollout and update, as they fitted into memory
+    batch_sizes: dict[str, int] = field(default_factory=dict)  # of rollout, update and eval, as they fitted into memory
     objective: Any = field(init=False)
     estimator: Any = field(init=False)
     sampler: Any = field(init=False)

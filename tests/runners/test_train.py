@@ -6,19 +6,23 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cells import folder_of
 
 from ablate.components import build
+from ablate.flow import diffusers_sigmas
 from ablate.grid import load_grid
 from ablate.part import COMPONENT_AXES
 from ablate.passes import passes
 from ablate.plan import Cell, make_plan
 from ablate.record import Status, read_metrics
 from runners import checkpoint, train
+from runners.evaluation import evaluate, generate
 from runners.policy import SD3Policy
 from runners.run import set_up
 
@@ -222,18 +226,43 @@ def test_what_does_not_fit_into_memory_is_done_in_smaller_batches_with_the_same_
     metrics = {}
     for limit in (1000, 5):
         run = set_up(folder_of(cell, tmp_path), cell)
-        real = run.policy.velocity
-
-        def limited(x, *rest, limit=limit, real=real):
-            if len(x) > limit:
-                raise torch.OutOfMemoryError("too many")
-            return real(x, *rest)
-
-        run.policy.velocity = limited
+        run.policy.velocity = limited(run.policy.velocity, limit)
         metrics[limit] = train.train_epoch(run)
         assert run.batch_sizes == ({"rollout": 128, "update": 16} if limit > 100 else {"rollout": 4, "update": 4})
     assert "out of memory; going on with batches of 4" in capsys.readouterr().out
     assert metrics[5] == pytest.approx(metrics[1000], rel=1e-3)
+
+
+def test_evaluation_that_does_not_fit_into_memory_goes_on_with_smaller_batches(tmp_path: Path, capsys) -> None:
+    """A device that holds 2 images at most, for the network or for the decoder: the images are the same."""
+    cell = BY_NAME["gspo/elbo-simple/ode"]
+    recipe, found = cell.recipe.evaluation, []
+    for network, decoder in ((1000, 1000), (2, 1000), (1000, 2)):
+        run = set_up(folder_of(cell, tmp_path), cell)
+        run.batch_sizes["rollout"] = 5
+        policy = run.policy
+        policy.velocity = limited(policy.velocity, network)
+        policy.pipe.vae.decode = limited(policy.pipe.vae.decode, decoder)
+        scores = evaluate(run)
+        assert run.batch_sizes["eval"] == min(network, 5)
+        assert ("going on with batches of 2" in capsys.readouterr().out) == (min(network, decoder) == 2)
+        prompts = run.prompts.fixed(recipe.split, recipe.num_prompts)
+        images = generate(policy, prompts, range(6), recipe, diffusers_sigmas(recipe.num_steps, policy.shift), 6)
+        found.append((scores, images.astype(int)))
+    for scores, images in found[1:]:
+        assert scores == pytest.approx(found[0][0], rel=0.05, abs=1e-3)
+        assert abs(images - found[0][1]).max() <= 1  # rounding, of 255
+
+
+def limited(real: Callable[..., Any], limit: int) -> Callable[..., Any]:
+    """A function that runs out of memory where its first argument [b, ...] is more than `limit` long."""
+
+    def call(x: torch.Tensor, *rest: object, **named: object) -> Any:
+        if len(x) > limit:
+            raise torch.OutOfMemoryError("too many")
+        return real(x, *rest, **named)
+
+    return call
 
 
 def test_even_one_image_can_be_too_many(tmp_path: Path) -> None:
