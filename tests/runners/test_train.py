@@ -21,7 +21,7 @@ from ablate.part import COMPONENT_AXES
 from ablate.passes import passes
 from ablate.plan import Cell, make_plan
 from ablate.record import Status, read_metrics
-from runners import checkpoint, train
+from runners import checkpoint, stopping, train
 from runners.evaluation import evaluate, generate
 from runners.policy import SD3Policy
 from runners.run import set_up
@@ -109,7 +109,8 @@ def test_a_signal_saves_after_the_epoch_and_the_next_start_goes_on(tmp_path: Pat
 
     def interrupted(run):
         if run.progress.epoch == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):  # one request, passed on by several
+                os.kill(os.getpid(), number)
         return real(run)
 
     monkeypatch.setattr(train, "train_epoch", interrupted)
@@ -118,6 +119,19 @@ def test_a_signal_saves_after_the_epoch_and_the_next_start_goes_on(tmp_path: Pat
     second = train.train_cell(folder)
     assert (second.status, second.epochs) == (Status.DONE, 2)
     assert second.cost.lost == 0
+
+
+def test_a_second_request_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(BY_NAME["grpo/elbo-simple/ode"], tmp_path)
+
+    def interrupted(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(stopping.time, "monotonic", lambda: 1e9)  # later than stopping.ONE_REQUEST
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    record = train.train_cell(folder)
+    assert (record.status, record.epochs) == (Status.INTERRUPTED, 0)
 
 
 def test_numbers_that_are_not_finite_are_a_divergence(tmp_path: Path) -> None:
