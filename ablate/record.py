@@ -7,7 +7,7 @@ results/<grid>/<cell id>/cell.json       the resolved cell
                          attempts.jsonl  one object per start of the cell's process
                          record.json     written last, atomically
                          samples/        before.png and after.png, same prompts and noise
-                         checkpoint/     ignored by git; removed when the cell is done
+                         checkpoint/     ignored by git; removed when the cell is done; ledger.json: spent so far
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ablate.recipe import Strict
 from ablate.source import InputError, dotted, read_text, shown
 
 M = TypeVar("M", bound=Strict)
+LEDGER = Path("checkpoint", "ledger.json")
 
 
 class Status(StrEnum):
@@ -58,6 +59,11 @@ class Ledger(Strict):
     def device_hours(self) -> float:
         """Hours of rollout, reward and update: the x-axis of every figure."""
         return (self.rollout + self.reward + self.update) / 3600
+
+    @property
+    def work(self) -> float:
+        """Seconds x devices of what has to be done again where no checkpoint holds it."""
+        return self.rollout + self.reward + self.update + self.eval + self.compile
 
     @property
     def nfe(self) -> int:
@@ -113,6 +119,25 @@ def read_cell(folder: Path) -> Cell:
     if not path.exists():
         raise InputError(f"{folder}: no cell.json here; `ablate run GRID` writes it")
     return _validated(Cell, path)
+
+
+def write_ledger(folder: Path, spent: Ledger) -> None:
+    """Keep what an unfinished cell has spent so far, lest a kill forgets it."""
+    path = folder / LEDGER
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, spent.model_dump_json() + "\n")
+
+
+def read_spent(folder: Path) -> Ledger:
+    """What a cell has spent so far, with what was lost: by its ledger, its record, or its last line of metrics."""
+    try:
+        return Ledger.model_validate_json((folder / LEDGER).read_text(encoding="utf-8"))
+    except (OSError, ValidationError):  # there is none, or the machine went down as it was written
+        record = read_record(folder)
+    if record and record.status.final:
+        return record.cost
+    last = (read_metrics(folder) or [{}])[-1]
+    return Ledger(**{k.removeprefix("cost/"): v for k, v in last.items() if k.startswith("cost/")})
 
 
 def _validated(model: type[M], path: Path) -> M:

@@ -79,8 +79,8 @@ def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
     size = recipe.candidates or recipe.group_size
     drawn = run.prompts.train(recipe.num_groups, np.random.default_rng(derive_seed(seed, "prompts", epoch, number)))
     prompts = [drawn[group] for group in groups for _ in range(size)]
-    conditioning = run.policy.encode([p.text for p in prompts])
     with run.booked("rollout"):
+        conditioning = run.policy.encode([p.text for p in prompts])
         rollout = roll_out(run, conditioning, [group * size + i for group in groups for i in range(size)], number)
         images = run.policy.decode(rollout.x0)
     with run.booked("reward"):

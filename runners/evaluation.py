@@ -44,7 +44,7 @@ def evaluate(run: Run) -> dict[str, float]:
         scores = joined(world.everyone(run.reward(images, [prompts[i] for i in own])))
     found = means("eval", scores, prompts) | (measure_panel(run, images, prompts) if run.panel else {})
     target = run.recipe.budget.target
-    run.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target
+    run.progress.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target
     pictures = np.concatenate(world.everyone(images[: np.searchsorted(own, NUM_PICTURED)]))
     if world.main:
         keep_pictures(run, pictures, prompts, scores)

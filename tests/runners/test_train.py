@@ -20,11 +20,13 @@ from ablate.grid import load_grid
 from ablate.part import COMPONENT_AXES
 from ablate.passes import passes
 from ablate.plan import Cell, make_plan
-from ablate.record import Status, read_metrics
+from ablate.record import Record, Status, read_metrics, read_spent
 from runners import checkpoint, stopping, train
+from runners import evaluation as evaluation_module
+from runners.collect import Samples
 from runners.evaluation import evaluate, generate
 from runners.policy import SD3Policy
-from runners.run import set_up
+from runners.run import Run, set_up
 
 GRIDS = Path(__file__).parents[2] / "grids"
 SMALL = {
@@ -101,6 +103,41 @@ def test_a_killed_cell_resumes_to_the_same_metrics(tmp_path: Path, monkeypatch: 
     assert record.cost.lost > 0
     assert comparable(parts) == comparable(whole)
     assert not (parts / "checkpoint").exists()
+
+
+def test_nothing_that_was_spent_is_forgotten_by_a_second_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after an epoch that no checkpoint holds; again in the repeated epoch, after its rollout; then finished."""
+    folder = folder_of(BY_NAME["grpo/elbo-simple/ode"], tmp_path, checkpoint_every=2)
+    spent, starts = [], iter(("second epoch", "after the rollout", "never"))
+
+    def start() -> Record:
+        moment, collect, epoch = next(starts), train.collect, train.train_epoch
+
+        def rolled_out(run: Run) -> Samples:
+            samples = collect(run)
+            if moment == "after the rollout":
+                raise SystemExit(9)
+            return samples
+
+        def trained(run: Run) -> dict[str, float]:
+            if moment == "second epoch" and run.progress.epoch == 1:
+                raise SystemExit(9)
+            return epoch(run)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "collect", rolled_out)
+            patched.setattr(train, "train_epoch", trained)
+            return train.train_cell(folder)
+
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            start()
+        ledger = read_spent(folder)
+        spent.append(ledger.work + ledger.lost)
+    record = start()
+    assert record.status is Status.DONE
+    assert 0 < spent[0] < spent[1]
+    assert record.cost.lost == pytest.approx(spent[1])
 
 
 def test_a_signal_saves_after_the_epoch_and_the_next_start_goes_on(tmp_path: Path, monkeypatch) -> None:
@@ -217,6 +254,29 @@ def test_a_target_ends_the_cell(tmp_path: Path) -> None:
     evaluation = cell.recipe.evaluation.model_copy(update={"every": 2})
     record = train.train_cell(folder_of(cell, tmp_path, budget=budget, evaluation=evaluation))
     assert (record.status, record.epochs) == (Status.DONE, 0)
+
+
+def test_a_target_that_was_reached_before_a_kill_is_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between its last checkpoint and its record."""
+    cell = BY_NAME["grpo/elbo-simple/ode"]
+    budget = cell.recipe.budget.model_copy(update={"epochs": 50, "target": 0.5})
+    evaluation = cell.recipe.evaluation.model_copy(update={"every": 2})
+    folder = folder_of(cell, tmp_path, budget=budget, evaluation=evaluation, checkpoint_every=1)
+    monkeypatch.setattr(evaluation_module, "means", lambda *_: {"eval/score": measured[-1]})
+    monkeypatch.setattr(train, "train_epoch", lambda _: measured.append(0.6) or {})
+    measured = [0.4]
+
+    def killed(*_: object) -> None:
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "export", killed)
+        with pytest.raises(SystemExit):
+            train.train_cell(folder)
+    record = train.train_cell(folder)
+    assert (record.status, record.epochs, len(measured)) == (Status.DONE, 2, 3)
 
 
 @pytest.mark.parametrize("length", [0, 100, 5000])
