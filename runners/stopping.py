@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ ONE_REQUEST = 5  # seconds within which signals are one request: systemd, SLURM 
 
 
 @contextmanager
-def stop_requests(at_once: int) -> Iterator[list[float]]:
+def stop_requests(at_once: float = math.inf) -> Iterator[list[float]]:
     """Collect the times of requests, SIGINT and SIGTERM alike; number `at_once` and later raise KeyboardInterrupt.
 
     Of signals less than ONE_REQUEST seconds after a request, none is another. A signal that is ignored stays so.

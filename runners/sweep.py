@@ -6,7 +6,6 @@ the next `ablate run`.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import socket
@@ -22,7 +21,7 @@ from rich.text import Text
 
 from ablate.lock import is_locked
 from ablate.plan import Cell, Plan
-from ablate.record import Record, Status, read_json, read_record, write_atomic
+from ablate.record import Record, Status, read_json, read_record, read_spent, write_atomic
 from ablate.source import InputError
 from runners.cell_state import CellState, state_of
 from runners.live import live, live_table
@@ -60,8 +59,9 @@ def run_cells(
 ) -> list[CellState]:
     """Run the cells that are not finished, `workers` at a time and `processes` each, and show them live.
 
-    Once all cells together have spent `device_hours`, none is started, and running ones are asked to stop. Raises
-    KeyboardInterrupt when asked to stop, by SIGINT or SIGTERM, once every running cell has saved itself.
+    Once all cells of the plan, not these alone, have spent `device_hours`, with what was lost, none is started, and
+    running ones are asked to stop. Raises KeyboardInterrupt when asked to stop, by SIGINT or SIGTERM, once every
+    running cell has saved itself.
     """
     todo = [cell for cell in in_order(cells) if not _finished(results / cell.id)]
     running: dict[str, _Running] = {}
@@ -69,15 +69,19 @@ def run_cells(
     def table() -> Group:
         return live_table(console, results, cells, {name: cell.start for name, cell in running.items()})
 
-    def spent() -> bool:
-        return device_hours is not None and sum(state_of(results, cell).device_hours for cell in cells) >= device_hours
+    planned = [cell["id"] for cell in read_json(results / "plan.json")["cells"]] if device_hours is not None else []
 
-    with live(console, table) as refresh, stop_requests(at_once=1):
+    def spent() -> bool:
+        return device_hours is not None and sum(_hours(results / name) for name in planned) >= device_hours
+
+    with live(console, table) as refresh, stop_requests() as requests:
         try:
             while todo or running:
+                if requests:  # here, and not in the midst of starting a process, which nobody would know of
+                    raise KeyboardInterrupt
                 if spent():
                     console.print(f"The grid has spent its {device_hours:g} device-hours; every cell saves itself.")
-                    _stop(running, console)
+                    _stop(running, console, requests)
                     break
                 while todo and len(running) < workers:
                     cell = todo.pop(0)
@@ -96,7 +100,7 @@ def run_cells(
                     "Stopping: each running cell finishes its epoch and saves. "
                     f"Ctrl-C again, {ONE_REQUEST} seconds from now or later: at once."
                 )
-            _stop(running, console)
+            _stop(running, console, requests)
             raise
     return [state_of(results, cell) for cell in cells]
 
@@ -126,6 +130,12 @@ class _Running:
         """
         killed = ((rank, code) for rank, code in self.failures.items() if code < 0)
         return next(killed, next(iter(self.failures.items()), (0, 0)))
+
+
+def _hours(folder: Path) -> float:
+    """Device-hours that a cell has spent so far, with what was lost."""
+    spent = read_spent(folder)
+    return spent.device_hours + spent.lost / 3600
 
 
 def _finished(folder: Path) -> bool:
@@ -172,6 +182,18 @@ def process_environments(slot: int, workers: int, processes: int) -> list[dict[s
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **visible}
     sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return [{**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def check_gpus(processes: int) -> None:
+    """Raises InputError if a machine with GPUs has fewer of them than a cell has processes.
+
+    Cells may share a GPU, as small ones leave it idle most of the time; processes of one cell may not: NCCL refuses.
+    """
+    if processes > 1 and 0 < len(gpus := _gpus()) < processes:
+        raise InputError(
+            f"--processes {processes}: each process needs a GPU of its own, and this machine has {len(gpus)}; expected "
+            f"{len(gpus)} at most"
+        )
 
 
 def _gpus() -> list[str]:
@@ -233,14 +255,19 @@ def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
         console.print(Text(f"{folder.name} {record.status}: {record.message} (see {folder}/)", style="red"))
 
 
-def _stop(running: dict[str, _Running], console: Console) -> None:
+def _stop(running: dict[str, _Running], console: Console, requests: Sequence[float]) -> None:
     """Ask all cells to stop, and wait until they have saved themselves. A further request: at once, then by force."""
+    heard = len(requests)
     try:
         _terminate(running)
-        if not _all_ended(running, math.inf):
+        while not _all_ended(running) and len(requests) == heard:
+            time.sleep(0.1)
+        if len(requests) > heard:
             time.sleep(0.5)  # a cell heard of the first request a moment later, and ignores what follows too soon
             _terminate(running)
-            _all_ended(running, AT_ONCE)
+            end = time.monotonic() + AT_ONCE
+            while not _all_ended(running) and len(requests) == heard + 1 and time.monotonic() < end:
+                time.sleep(0.1)
     finally:
         for cell in running.values():
             _kill(cell)
@@ -254,14 +281,5 @@ def _terminate(running: Mapping[str, _Running]) -> None:
             process.terminate()  # not SIGINT: a sweep started in the background hands on that it is ignored
 
 
-def _all_ended(running: Mapping[str, _Running], seconds: float) -> bool:
-    """Wait until all cells have ended; False if a Ctrl-C, or so many seconds, came before."""
-    end = time.monotonic() + seconds
-    try:
-        while not all(_ended(cell) for cell in running.values()):
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.1)
-    except KeyboardInterrupt:
-        return False
-    return True
+def _all_ended(running: Mapping[str, _Running]) -> bool:
+    return all(_ended(cell) for cell in running.values())

@@ -17,19 +17,20 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from rich.console import Console
 
 from ablate import cli
 from ablate.grid import load_grid
 from ablate.lock import is_locked, lock
 from ablate.plan import Cell, make_plan
-from ablate.record import Record, Status, read_metrics, read_record, write_atomic
+from ablate.record import Ledger, Record, Status, read_metrics, read_record, write_atomic, write_ledger
 from ablate.source import InputError
 from runners import live, stopping, sweep
 from runners.cell_state import CellState, state_of
 from runners.identity import identify
 from runners.live import live_table
-from runners.sweep import freeze, in_order, run_cells
+from runners.sweep import check_gpus, freeze, in_order, run_cells
 
 GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
 NUM_EPOCHS = 8
@@ -451,7 +452,16 @@ def test_seeds_take_turns() -> None:
 @pytest.fixture
 def half_done(folder: Path) -> Path:
     lines = [{"epoch": 0, "eval/score": 0.25, "eval/accuracy": 0.125}, {"epoch": 3, "rollout/score": 0.5}]
-    lines += [{"epoch": 6, "rollout/score": 0.625, "eval/score": 0.5, "eval/accuracy": 0.25, "device_hours": 0.5}]
+    lines += [
+        {
+            "epoch": 6,
+            "rollout/score": 0.625,
+            "eval/score": 0.5,
+            "eval/accuracy": 0.25,
+            "device_hours": 0.5,
+            "cost/rollout": 1800,
+        }
+    ]
     (folder / FIRST.id / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -543,6 +553,47 @@ def test_a_spent_grid_starts_nothing_more(half_done: Path, monkeypatch: pytest.M
     assert not list(half_done.glob("*/started"))
     run_cells(half_done, [FIRST, SECOND], device_hours=0.6, console=console())
     assert len(list(half_done.glob("*/started"))) == 2
+
+
+def test_the_budget_counts_all_cells_of_the_grid_and_what_was_lost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(folder / "fake", 'touch "$4/started"', monkeypatch)
+    done = Record(id=SECOND.id, status=Status.DONE, seed=0, cost=Ledger(update=900, eval=9e9, lost=900))
+    write_atomic(folder / SECOND.id / "record.json", done.model_dump_json())
+    interrupted = next(cell.id for cell in PLAN.cells if cell not in (FIRST, SECOND))
+    freeze(folder, PLAN, "name: quickstart\n")
+    write_ledger(folder / interrupted, Ledger(rollout=900, reward=900, lost=1800))
+    run_cells(folder, [FIRST], device_hours=1.5, console=console())
+    assert not list(folder.glob("*/started"))
+    run_cells(folder, [FIRST], device_hours=1.6, console=console())
+    assert [path.parent.name for path in folder.glob("*/started")] == [FIRST.id]
+
+
+@pytest.mark.parametrize(
+    ("given", "num_gpus", "allowed"), [("0,1", 9, False), (None, 2, False), (None, 3, True), (None, 0, True)]
+)
+def test_more_processes_than_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, num_gpus: int, allowed: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    with contextlib.nullcontext() if allowed else pytest.raises(InputError, match=r"--processes 3: .* machine has 2;"):
+        check_gpus(3)
+    check_gpus(1)
+
+
+def test_the_command_line_refuses_more_processes_than_gpus_before_it_writes(
+    tmp_path: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "_gpus", lambda: ["0", "1"])
+    words = ["run", str(GRID), "--results", tmp_path / "r", "--no-tracking", "--processes", "3"]
+    code, out, error = ablate(*words, "--set", "rollout.num_groups=24", "--set", "update.updates_per_epoch=2")
+    assert (code, out, len(error.splitlines())) == (2, "", 1)
+    assert "--processes 3" in error
+    assert not (tmp_path / "r").exists()
 
 
 def test_two_processes_through_the_front_door(tmp_path: Path, ablate: Command) -> None:

@@ -20,7 +20,7 @@ from ablate.grid import load_grid
 from ablate.part import COMPONENT_AXES
 from ablate.passes import passes
 from ablate.plan import Cell, make_plan
-from ablate.record import Record, Status, read_metrics, read_spent
+from ablate.record import Status, read_metrics
 from runners import checkpoint, stopping, train
 from runners import evaluation as evaluation_module
 from runners.collect import Samples
@@ -106,38 +106,35 @@ def test_a_killed_cell_resumes_to_the_same_metrics(tmp_path: Path, monkeypatch: 
 
 
 def test_nothing_that_was_spent_is_forgotten_by_a_second_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after an epoch that no checkpoint holds; again in the repeated epoch, after its rollout; then finished."""
-    folder = folder_of(BY_NAME["grpo/elbo-simple/ode"], tmp_path, checkpoint_every=2)
-    spent, starts = [], iter(("second epoch", "after the rollout", "never"))
+    """Killed an epoch after a checkpoint, and again in the repeated epoch, after its rollout; then finished."""
+    cell = BY_NAME["grpo/elbo-simple/ode"]
+    budget = cell.recipe.budget.model_copy(update={"epochs": 4})
+    folder = folder_of(cell, tmp_path, budget=budget, checkpoint_every=2)
+    collect, epoch, starts = train.collect, train.train_epoch, []
 
-    def start() -> Record:
-        moment, collect, epoch = next(starts), train.collect, train.train_epoch
+    def noted(run: Run) -> dict[str, float]:
+        if not starts or starts[-1][0] is not run:
+            starts.append((run, run.progress.cost.work))
+        if len(starts) == 1 and run.progress.epoch == 3:
+            raise SystemExit(9)
+        return epoch(run)
 
-        def rolled_out(run: Run) -> Samples:
-            samples = collect(run)
-            if moment == "after the rollout":
-                raise SystemExit(9)
-            return samples
+    def rolled_out(run: Run) -> Samples:
+        samples = collect(run)
+        if len(starts) == 2:
+            raise SystemExit(9)
+        return samples
 
-        def trained(run: Run) -> dict[str, float]:
-            if moment == "second epoch" and run.progress.epoch == 1:
-                raise SystemExit(9)
-            return epoch(run)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(train, "collect", rolled_out)
-            patched.setattr(train, "train_epoch", trained)
-            return train.train_cell(folder)
-
+    monkeypatch.setattr(train, "train_epoch", noted)
+    monkeypatch.setattr(train, "collect", rolled_out)
     for _ in range(2):
         with pytest.raises(SystemExit):
-            start()
-        ledger = read_spent(folder)
-        spent.append(ledger.work + ledger.lost)
-    record = start()
+            train.train_cell(folder)
+    record = train.train_cell(folder)
+    (first, _), (second, saved), _ = starts
     assert record.status is Status.DONE
-    assert 0 < spent[0] < spent[1]
-    assert record.cost.lost == pytest.approx(spent[1])
+    assert saved < second.progress.cost.work
+    assert record.cost.lost == pytest.approx(first.progress.cost.work + second.progress.cost.work - 2 * saved)
 
 
 def test_a_signal_saves_after_the_epoch_and_the_next_start_goes_on(tmp_path: Path, monkeypatch) -> None:
