@@ -75,6 +75,10 @@ def plan(
     """Show a grid's cells, the combinations that are excluded and why, and what each cell costs."""
     from ablate.forecast import Speed, plan_json, plan_table, read_bench
 
+    speeds = {"--rate": rate, "--calibrate": calibrate or None, "--bench": bench}
+    given = [option for option, value in speeds.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)}: each gives the speed; expected one of them")
     _, _, planned = _planned(grid, settings, only, seeds)
     if rate is not None and not 0 < rate < float("inf"):
         raise InputError(f"--rate {rate:g}: expected more than 0 network calls per second")
@@ -99,7 +103,11 @@ def run(
     workers: Annotated[int, typer.Option(min=1, help="Cells at a time; cores and GPUs are shared between them")] = 1,
     processes: Annotated[int, typer.Option(min=1, help="Processes per cell, one GPU each; the result is the same")] = 1,
     budget: Annotated[
-        float | None, typer.Option("--budget-device-hours", help="Stop once the whole grid has spent them")
+        float | None,
+        typer.Option(
+            "--budget-device-hours",
+            help="Stop once all cells of the grid, --only or not, have spent them, lost time included",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop")] = False,
     only_freeze: Annotated[
@@ -113,7 +121,7 @@ def run(
     from ablate.geometry import check_devices
     from runners.cell_state import state_of
     from runners.hub import check_model
-    from runners.sweep import freeze, in_order, run_cells
+    from runners.sweep import check_gpus, freeze, in_order, run_cells
     from runners.tracking import Mirror, compare_link, server_command
 
     loaded, whole, planned = _planned(grid, settings, only, seeds)
@@ -125,6 +133,7 @@ def run(
         return
     for cell in planned.cells:
         check_devices(cell.recipe, processes)
+    check_gpus(1 if only_freeze else processes)  # frozen cells may be for another machine
     for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in planned.cells}.values():
         check_model(model)
     freeze(folder, whole, loaded.source.text)

@@ -7,7 +7,7 @@ results/<grid>/<cell id>/cell.json       the resolved cell
                          attempts.jsonl  one object per start of the cell's process
                          record.json     written last, atomically
                          samples/        before.png and after.png, same prompts and noise
-                         checkpoint/     ignored by git; removed when the cell is done
+                         checkpoint/     ignored by git; removed when the cell is done; ledger.json: spent so far
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ablate.recipe import Strict
 from ablate.source import InputError, dotted, read_text, shown
 
 M = TypeVar("M", bound=Strict)
+LEDGER = Path("checkpoint", "ledger.json")
 
 
 class Status(StrEnum):
@@ -58,8 +59,7 @@ class Ledger(Strict):
 
     def undone(self, before: Ledger) -> Ledger:
         """The ledger from before, where what was spent since has to be done again."""
-        again = 3600 * (self.device_hours - before.device_hours)
-        return before.model_copy(update={"lost": self.lost + again})
+        return before.model_copy(update={"lost": self.lost + max(0.0, self.work - before.work)})
 
     @classmethod
     def phases(cls) -> tuple[str, ...]:
@@ -82,6 +82,11 @@ class Ledger(Strict):
     def device_hours(self) -> float:
         """Hours of rollout, reward and update: the x-axis of every figure."""
         return (self.rollout + self.reward + self.update) / 3600
+
+    @property
+    def work(self) -> float:
+        """Seconds x devices of what has to be done again where no checkpoint holds it."""
+        return self.rollout + self.reward + self.update + self.eval + self.compile
 
     @property
     def nfe(self) -> int:
@@ -138,6 +143,25 @@ def read_cell(folder: Path) -> Cell:
     if not path.exists():
         raise InputError(f"{folder}: no cell.json here; `ablate run GRID` writes it")
     return _validated(Cell, path)
+
+
+def write_ledger(folder: Path, spent: Ledger) -> None:
+    """Keep what an unfinished cell has spent so far, lest a kill forgets it."""
+    path = folder / LEDGER
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, spent.model_dump_json() + "\n")
+
+
+def read_spent(folder: Path) -> Ledger:
+    """What a cell has spent so far, with what was lost: by its ledger, its record, or its last line of metrics."""
+    try:
+        return Ledger.model_validate_json((folder / LEDGER).read_text(encoding="utf-8"))
+    except (OSError, ValidationError):  # there is none, or the machine went down as it was written
+        record = read_record(folder)
+    if record and record.status.final:
+        return record.cost
+    last = (read_metrics(folder) or [{}])[-1]
+    return Ledger.of_line(last)
 
 
 def _validated(model: type[M], path: Path) -> M:

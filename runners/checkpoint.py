@@ -23,6 +23,7 @@ class Progress:
     epoch: int = 0
     update: int = 0
     metrics_bytes: int = 0  # length of metrics.jsonl at this point
+    target_reached: bool = False  # of the last evaluation
     cost: Ledger = field(default_factory=Ledger)
     pending: dict[str, float] = field(default_factory=dict)  # metrics of an epoch whose evaluation had no rewards
 
@@ -37,6 +38,7 @@ def save(
         "epoch": progress.epoch,
         "update": progress.update,
         "metrics_bytes": progress.metrics_bytes,
+        "target_reached": progress.target_reached,
         "cost": progress.cost.model_dump(),
         "pending": progress.pending,
         "policy": policy.state(),
@@ -72,6 +74,7 @@ def restore(
             epoch=state["epoch"],
             update=state["update"],
             metrics_bytes=state["metrics_bytes"],
+            target_reached=state.get("target_reached", False),  # checkpoints of before have none
             cost=Ledger(**state["cost"]),
             pending=state["pending"],
         )

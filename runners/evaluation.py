@@ -16,6 +16,7 @@ from ablate.recipe import EvaluationRecipe
 from ablate.record import write_atomic
 from ablate.samplers.ode import ODE
 from ablate.seeding import streams
+from runners.memory import in_memory
 from runners.policy import SD3Policy
 from runners.prompts import Prompt
 from runners.rewards import RewardOutput, WeightedSum
@@ -37,7 +38,10 @@ def evaluate(run: Run) -> dict[str, float]:
     with run.booked("eval"):
         with policy.using("average" if recipe.ema_decay and run.progress.update else "current"):
             sigmas = diffusers_sigmas(recipe.num_steps, policy.shift)
-            images = generate(policy, prompts, own, recipe, sigmas, run.recipe.rollout.batch_size)
+            size = run.batch_sizes.get("rollout", run.recipe.rollout.batch_size)
+            images = run.in_memory(
+                "eval", size, lambda fitting: _in_batches(policy, prompts, own, recipe, sigmas, fitting)
+            )
         asked = [prompts[i] for i in own]
         own_scores = run.scorer(images, asked)
         run.spend_on_rewards(own_scores.seconds)
@@ -46,7 +50,7 @@ def evaluate(run: Run) -> dict[str, float]:
         scores = joined(world.everyone(own_scores))
     found = means("eval", scores, prompts) | (measure_panel(run, run.panel, images, prompts) if run.panel else {})
     target = run.recipe.budget.target
-    run.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target
+    run.progress.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target
     pictures = np.concatenate(world.everyone(images[: np.searchsorted(own, NUM_PICTURED)]))
     if world.main:
         keep_pictures(run, pictures, prompts, scores)
@@ -79,7 +83,6 @@ def keep_pictures(run: Run, images: NDArray[np.uint8], prompts: Sequence[Prompt]
     write_atomic(run.folder / "samples" / f"{picture}.jsonl", "".join(lines))
 
 
-@torch.no_grad()
 def generate(
     policy: SD3Policy,
     prompts: Sequence[Prompt],
@@ -88,7 +91,23 @@ def generate(
     sigmas: Tensor,
     batch_size: int,
 ) -> NDArray[np.uint8]:
-    """Images [b, h, w, 3] of the `wanted` prompts by Euler steps; prompt i of a split always starts from one noise."""
+    """Images [b, h, w, 3] of the `wanted` prompts by Euler steps; prompt i of a split always starts from one noise.
+
+    Batches that do not fit into memory are halved. Raises torch.OutOfMemoryError where even one image does not fit.
+    """
+    return in_memory(batch_size, lambda size: _in_batches(policy, prompts, wanted, recipe, sigmas, size))[0]
+
+
+@torch.no_grad()
+def _in_batches(
+    policy: SD3Policy,
+    prompts: Sequence[Prompt],
+    wanted: Sequence[int],
+    recipe: EvaluationRecipe,
+    sigmas: Tensor,
+    batch_size: int,
+) -> NDArray[np.uint8]:
+    """What `generate` returns, in batches of this size."""
     conditioning = policy.encode([prompts[i].text for i in wanted])
     images = []
     for rows in batches(len(wanted), batch_size):

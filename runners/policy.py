@@ -27,6 +27,7 @@ from ablate.source import InputError
 from runners.compiling import compile_blocks
 from runners.embeddings import Conditioning, Embeddings, cache_folder
 from runners.identity import model_path
+from runners.memory import in_memory
 
 Weights = Literal["current", "old", "reference", "average"]
 
@@ -103,6 +104,7 @@ class SD3Policy:
             p.data = p.data.float()
         side = recipe.resolution // self.pipe.vae_scale_factor
         self.latent_shape: tuple[int, ...] = (network.config.in_channels, side, side)
+        self._decoded_at_once = images_at_once(recipe)  # as they fitted into memory
         self.shift = float(self.pipe.scheduler.config.shift)
         self._copies: dict[str, list[Tensor]] = {
             name: [p.detach().clone() for p in self.trainable] for name in ("old", "reference", "average")
@@ -165,14 +167,24 @@ class SD3Policy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Images [b, h, w, 3] of latents [b, c, h, w], a few at a time: they need far more memory than latents."""
-        vae, decoded = self.pipe.vae, []
-        for part in torch.split(latents, images_at_once(self.recipe)):
-            scaled = (part / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-            scaled = scaled.contiguous(memory_format=torch.channels_last)
-            images = vae.decode(scaled, return_dict=False)[0].float().clamp(-1, 1)
-            decoded.append(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-        return np.concatenate(decoded)
+        """Images [b, h, w, 3] of latents [b, c, h, w], a few at a time: they need far more memory than latents.
+
+        As many as fit. Raises torch.OutOfMemoryError where even one does not.
+        """
+
+        def at_once(size: int) -> NDArray[np.uint8]:
+            return np.concatenate([self._decode(part) for part in torch.split(latents, size)])
+
+        images, self._decoded_at_once = in_memory(self._decoded_at_once, at_once)
+        return images
+
+    def _decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        vae = self.pipe.vae
+        scaled = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        scaled = scaled.contiguous(memory_format=torch.channels_last)
+        images = vae.decode(scaled, return_dict=False)[0].float().clamp(-1, 1)
+        decoded: NDArray[np.uint8] = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return decoded
 
     @contextmanager
     def using(self, weights: Weights) -> Iterator[None]:

@@ -14,8 +14,8 @@ from typing import Annotated, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from ablate.recipe import PromptsRecipe
-from ablate.source import InputError, dotted, problems, read_text
+from ablate.recipe import PromptsRecipe, Recipe
+from ablate.source import InputError, counted, dotted, problems, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,17 @@ def load_prompts(recipe: PromptsRecipe) -> PromptSource:
     return ListedPrompts(
         train_prompts=read_prompts(Path(recipe.train)), fixed_prompts=read_prompts(Path(recipe.evaluation))
     )
+
+
+def check_held_out(source: PromptSource, recipe: Recipe, num_devices: int) -> None:
+    """Raises InputError if a cell has fewer held-out prompts than devices, each of which evaluates a share of them."""
+    split = recipe.evaluation.split
+    found = len(source.fixed(split, recipe.evaluation.num_prompts))
+    if found < num_devices:
+        raise InputError(
+            f"prompts.evaluation: {recipe.prompts.evaluation} leaves {counted(found, 'prompt')} for evaluation.split "
+            f"{split!r}, fewer than {counted(num_devices, 'device')}: take more prompts or fewer devices"
+        )
 
 
 def read_prompts(path: Path) -> list[Prompt]:

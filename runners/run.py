@@ -20,7 +20,7 @@ from ablate.components import build
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
 from ablate.recipe import Recipe
-from ablate.record import Ledger, read_metrics
+from ablate.record import read_spent, write_ledger
 from ablate.seeding import derive_seed, generator
 from ablate.source import InputError
 from runners import checkpoint
@@ -29,7 +29,7 @@ from runners.compiling import compile_seconds
 from runners.distributed import World, join
 from runners.memory import in_memory
 from runners.policy import SD3Policy
-from runners.prompts import PromptSource, load_prompts
+from runners.prompts import PromptSource, check_held_out, load_prompts
 from runners.rewards import RewardOutput, RewardUnavailable, WeightedSum, load_reward
 from runners.scoring import Scorer, why_missing
 
@@ -54,8 +54,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss, for float16
     progress: Progress
-    target_reached: bool = False
-    batch_sizes: dict[str, int] = field(default_factory=dict)  # of rollout and update, as they fitted into memory
+    batch_sizes: dict[str, int] = field(default_factory=dict)  # of rollout, update and eval, as they fitted into memory
     scorer: Scorer = field(init=False)
     objective: Any = field(init=False)
     estimator: Any = field(init=False)
@@ -93,10 +92,14 @@ class Run:
         """Add the seconds of a block to a phase of the cost ledger, and what of it was compiling to `compile`."""
         self.wait()
         start, compiled = time.perf_counter(), compile_seconds()
-        yield
-        self.wait()
-        compiling = compile_seconds() - compiled
-        self.spend(**{phase: time.perf_counter() - start - compiling, "compile": compiling})
+        try:
+            yield
+        finally:
+            self.wait()
+            compiling = compile_seconds() - compiled
+            self.spend(**{phase: time.perf_counter() - start - compiling, "compile": compiling})
+            if self.world.main:
+                write_ledger(self.folder, self.progress.cost)
 
     def wait(self) -> None:
         """Until the device has done what it was asked to do, so that a clock tells the truth."""
@@ -134,7 +137,7 @@ class Run:
     @property
     def spent(self) -> bool:
         budget, progress = self.recipe.budget, self.progress
-        if self.target_reached:
+        if progress.target_reached:
             return True
         if budget.epochs is not None and progress.epoch >= budget.epochs:
             return True
@@ -161,6 +164,8 @@ class Run:
 def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: World | None = None) -> Run:
     """Load the model (or take `policy`), prompts and reward of a cell; continue from its checkpoint if there is one."""
     world = world or join()
+    prompts = load_prompts(cell.recipe.prompts)
+    check_held_out(prompts, cell.recipe, world.size)
     torch.manual_seed(derive_seed(cell.seed, "initialisation"))
     policy = policy or SD3Policy(cell.recipe.model, world.device)
     update = cell.recipe.update
@@ -180,13 +185,13 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
         raise InputError(f"{folder}: the processes of this cell see different checkpoints; is it on a shared disk?")
     world.share([tensor for tensors in policy.state().values() for tensor in tensors])
     if world.main:
-        _drop_lines_after(folder, progress)
+        _go_back_to(progress, folder)
     return Run(
         folder=folder,
         cell=cell,
         world=world,
         policy=policy,
-        prompts=load_prompts(cell.recipe.prompts),
+        prompts=prompts,
         reward=reward,
         panel=panel,
         optimizer=optimizer,
@@ -208,12 +213,11 @@ def _check(rewards: Sequence[WeightedSum], world: World) -> None:
         raise RewardUnavailable(problem)
 
 
-def _drop_lines_after(folder: Path, progress: Progress) -> None:
-    """Cut metrics.jsonl back to the checkpoint; the seconds of the epochs to be done again are booked as lost."""
+def _go_back_to(progress: Progress, folder: Path) -> None:
+    """Cut metrics.jsonl back to the checkpoint, and book as lost what was spent since: it has to be done again."""
+    progress.cost = read_spent(folder).undone(progress.cost)
+    write_ledger(folder, progress.cost)  # first, so that a kill here books nothing twice
     path = folder / "metrics.jsonl"
-    if not path.exists() or path.stat().st_size <= progress.metrics_bytes:
-        return
-    if lines := read_metrics(folder):
-        progress.cost = Ledger.of_line(lines[-1]).undone(progress.cost)
-    with path.open("rb+") as file:
-        file.truncate(progress.metrics_bytes)
+    if path.exists() and path.stat().st_size > progress.metrics_bytes:
+        with path.open("rb+") as file:
+            file.truncate(progress.metrics_bytes)

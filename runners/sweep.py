@@ -6,15 +6,14 @@ the next `ablate run`.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -22,12 +21,14 @@ from rich.text import Text
 
 from ablate.lock import is_locked
 from ablate.plan import Cell, Plan
-from ablate.record import Record, Status, read_json, read_record, write_atomic
+from ablate.record import Record, Status, read_json, read_record, read_spent, write_atomic
 from ablate.source import InputError
 from runners.cell_state import CellState, state_of
 from runners.live import live, live_table
+from runners.stopping import ONE_REQUEST, stop_requests
 
 PATIENCE = 5  # seconds that the other processes of a cell get, once one has failed
+AT_ONCE = 60  # seconds that cells get to end, once they were asked to stop at once
 
 
 def freeze(results: Path, plan: Plan, grid_text: str) -> None:
@@ -58,8 +59,9 @@ def run_cells(
 ) -> list[CellState]:
     """Run the cells that are not finished, `workers` at a time and `processes` each, and show them live.
 
-    Once all cells together have spent `device_hours`, none is started, and running ones are asked to stop. Raises
-    KeyboardInterrupt when asked to stop, by SIGINT or SIGTERM, once every running cell has saved itself.
+    Once all cells of the plan, not these alone, have spent `device_hours`, with what was lost, none is started, and
+    running ones are asked to stop. Raises KeyboardInterrupt when asked to stop, by SIGINT or SIGTERM, once every
+    running cell has saved itself.
     """
     todo = [cell for cell in in_order(cells) if not _finished(results / cell.id)]
     running: dict[str, _Running] = {}
@@ -67,32 +69,38 @@ def run_cells(
     def table() -> Group:
         return live_table(console, results, cells, {name: cell.start for name, cell in running.items()})
 
-    def spent() -> bool:
-        return device_hours is not None and sum(state_of(results, cell).device_hours for cell in cells) >= device_hours
+    planned = [cell["id"] for cell in read_json(results / "plan.json")["cells"]] if device_hours is not None else []
 
-    with live(console, table) as refresh:
+    def spent() -> bool:
+        return device_hours is not None and sum(_hours(results / name) for name in planned) >= device_hours
+
+    with live(console, table) as refresh, stop_requests() as requests:
         try:
-            with _termination():
-                while todo or running:
-                    if spent():
-                        console.print(f"The grid has spent its {device_hours:g} device-hours; every cell saves itself.")
-                        _stop(running, console)
-                        break
-                    while todo and len(running) < workers:
-                        cell = todo.pop(0)
-                        if is_locked(results / cell.id):
-                            console.print(f"{cell.id}: left to the process that is running it")
-                            continue
-                        slot = min(set(range(workers)) - {other.slot for other in running.values()})
-                        running[cell.id] = _start(results / cell.id, cell, slot, workers, processes)
-                    for name in [name for name, cell in running.items() if _ended(cell)]:
-                        _close(running.pop(name), console)
-                    refresh()
-                    time.sleep(0.5)
+            while todo or running:
+                if requests:  # here, and not in the midst of starting a process, which nobody would know of
+                    raise KeyboardInterrupt
+                if spent():
+                    console.print(f"The grid has spent its {device_hours:g} device-hours; every cell saves itself.")
+                    _stop(running, console, requests)
+                    break
+                while todo and len(running) < workers:
+                    cell = todo.pop(0)
+                    if is_locked(results / cell.id):
+                        console.print(f"{cell.id}: left to the process that is running it")
+                        continue
+                    slot = min(set(range(workers)) - {other.slot for other in running.values()})
+                    running[cell.id] = _start(results / cell.id, cell, slot, workers, processes)
+                for name in [name for name, cell in running.items() if _ended(cell)]:
+                    _close(running.pop(name), console)
+                refresh()
+                time.sleep(0.5)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
-                console.print("Stopping: each running cell finishes its epoch and saves. Again Ctrl-C: at once.")
-            _stop(running, console)
+                console.print(
+                    "Stopping: each running cell finishes its epoch and saves. "
+                    f"Ctrl-C again, {ONE_REQUEST} seconds from now or later: at once."
+                )
+            _stop(running, console, requests)
             raise
     return [state_of(results, cell) for cell in cells]
 
@@ -112,10 +120,22 @@ class _Running:
     processes: tuple[subprocess.Popen[bytes], ...]  # in order of ranks
     start: tuple[float, float]  # time.monotonic() and the share of the budget that was spent
 
+    failures: dict[int, int] = field(default_factory=dict)  # exit codes by rank, in the order in which they were seen
+
     @property
-    def code(self) -> int:
-        """Exit code of the first process that failed, or 0."""
-        return next((process.returncode for process in self.processes if process.returncode), 0)
+    def cause(self) -> tuple[int, int]:
+        """Rank and exit code of the process at fault: one that was killed, else the first that failed; code 0: none.
+
+        Where one is killed, the others fail for want of it, and often end before the death is seen.
+        """
+        killed = ((rank, code) for rank, code in self.failures.items() if code < 0)
+        return next(killed, next(iter(self.failures.items()), (0, 0)))
+
+
+def _hours(folder: Path) -> float:
+    """Device-hours that a cell has spent so far, with what was lost."""
+    spent = read_spent(folder)
+    return spent.device_hours + spent.lost / 3600
 
 
 def _finished(folder: Path) -> bool:
@@ -164,6 +184,18 @@ def process_environments(slot: int, workers: int, processes: int) -> list[dict[s
     return [{**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
+def check_gpus(processes: int) -> None:
+    """Raises InputError if a machine with GPUs has fewer of them than a cell has processes.
+
+    Cells may share a GPU, as small ones leave it idle most of the time; processes of one cell may not: NCCL refuses.
+    """
+    if processes > 1 and 0 < len(gpus := _gpus()) < processes:
+        raise InputError(
+            f"--processes {processes}: each process needs a GPU of its own, and this machine has {len(gpus)}; expected "
+            f"{len(gpus)} at most"
+        )
+
+
 def _gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     from torch.cuda import device_count  # noqa: PLC0415  (plans and tables start without torch)
@@ -174,25 +206,42 @@ def _gpus() -> list[str]:
 
 def _ended(cell: _Running) -> bool:
     """Whether all processes of a cell have ended. Where one fails, the others wait for it in vain, and end too."""
-    codes = [process.poll() for process in cell.processes]
-    if any(codes) and None in codes:
+    if _note_failures(cell) and any(process.poll() is None for process in cell.processes):
         time.sleep(PATIENCE)
-        for process in cell.processes:
-            process.kill()
-            process.wait()
-        return True
-    return None not in codes
+        _note_failures(cell)
+        _kill(cell)
+    return all(process.poll() is not None for process in cell.processes)
+
+
+def _note_failures(cell: _Running) -> bool:
+    """Whether a process has failed of itself, not by being killed here."""
+    for rank, process in enumerate(cell.processes):
+        if code := process.poll():
+            cell.failures.setdefault(rank, code)
+    return bool(cell.failures)
+
+
+def _kill(cell: _Running) -> None:
+    for process in cell.processes:
+        process.kill()
+    for process in cell.processes:
+        process.wait()
 
 
 def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
     """Make sure an ended cell has a record, and say so at once if it failed."""
-    folder, code = ended.folder, ended.code
+    folder, (rank, code) = ended.folder, ended.cause
     record = read_record(folder)
+    ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if len(ended.processes) > 1:
+        ending = f"process {rank} of {len(ended.processes)}: {ending}"
     if record is None and is_locked(folder):  # another `ablate run` was faster
         return
+    if record and record.status is Status.FAILED and code < 0 and not stopped:  # written for want of the one killed
+        record = record.model_copy(update={"message": ending})
+        write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
     if record is None:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         starts = folder / "attempts.jsonl"
         record = Record(
             id=folder.name,
@@ -206,27 +255,31 @@ def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
         console.print(Text(f"{folder.name} {record.status}: {record.message} (see {folder}/)", style="red"))
 
 
-def _stop(running: dict[str, _Running], console: Console) -> None:
-    processes = [process for cell in running.values() for process in cell.processes]
-    for process in processes:
-        process.terminate()  # not SIGINT: a sweep started in the background hands on that it is ignored
+def _stop(running: dict[str, _Running], console: Console, requests: Sequence[float]) -> None:
+    """Ask all cells to stop, and wait until they have saved themselves. A further request: at once, then by force."""
+    heard = len(requests)
     try:
-        for process in processes:
-            process.wait()
-    except KeyboardInterrupt:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(timeout=60)
+        _terminate(running)
+        while not _all_ended(running) and len(requests) == heard:
+            time.sleep(0.1)
+        if len(requests) > heard:
+            time.sleep(0.5)  # a cell heard of the first request a moment later, and ignores what follows too soon
+            _terminate(running)
+            end = time.monotonic() + AT_ONCE
+            while not _all_ended(running) and len(requests) == heard + 1 and time.monotonic() < end:
+                time.sleep(0.1)
+    finally:
+        for cell in running.values():
+            _kill(cell)
     for cell in running.values():
         _close(cell, console, stopped=True)
 
 
-@contextlib.contextmanager
-def _termination() -> Iterator[None]:
-    """SIGTERM, as batch systems send it, stops like Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _terminate(running: Mapping[str, _Running]) -> None:
+    for cell in running.values():
+        for process in cell.processes:
+            process.terminate()  # not SIGINT: a sweep started in the background hands on that it is ignored
+
+
+def _all_ended(running: Mapping[str, _Running]) -> bool:
+    return all(_ended(cell) for cell in running.values())

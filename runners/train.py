@@ -6,11 +6,8 @@ record.json, whatever happens. Several processes may share a cell (distributed.p
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ablate.advantages import advantages
@@ -25,6 +22,7 @@ from runners.export import export
 from runners.provenance import note_attempt, provenance
 from runners.rewards import RewardUnavailable
 from runners.run import Diverged, Run, set_up
+from runners.stopping import stop_requests
 from runners.update import update
 
 
@@ -44,7 +42,7 @@ def train_cell(folder: Path) -> Record:
     identities: dict[str, str] = {}
     writes = world.main
     try:
-        with _interruption() as interrupted:
+        with stop_requests(at_once=2) as interrupted:
             run = set_up(folder, cell, world=world)
             progress, identities = run.progress, run.identities
             status = Status.DONE if _train(run, interrupted) else Status.INTERRUPTED
@@ -91,7 +89,7 @@ def _first_to_fail(folder: Path) -> bool:
     return True
 
 
-def _train(run: Run, interrupted: list[int]) -> bool:
+def _train(run: Run, interrupted: list[float]) -> bool:
     """Epochs until the budget is spent; False when a signal asked to stop."""
     recipe, progress = run.recipe, run.progress
     if progress.epoch == 0 or progress.pending:
@@ -148,24 +146,6 @@ def train_epoch(run: Run) -> dict[str, float]:
     with run.booked("update"):
         trained = update(run, samples, advantage.float())
     return {**samples.metrics, **{f"train/{name}": value for name, value in trained.items()}}
-
-
-@contextmanager
-def _interruption() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM: the first asks to stop after this epoch, the second stops at once."""
-    received: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

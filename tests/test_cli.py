@@ -61,6 +61,9 @@ def ablate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         (["--set", "kl.coef=-1"], ["--set kl.coef=-1", "got -1", "at least 0"]),
         (["--rate", "0"], ["--rate 0", "more than 0"]),
         (["--rate", "nan"], ["--rate nan", "more than 0"]),
+        (["--rate", "9", "--bench", "b.json"], ["--rate and --bench: each gives the speed; expected one of them"]),
+        (["--calibrate", "--bench", "b.json"], ["--calibrate and --bench: each gives the speed"]),
+        (["--rate", "9", "--calibrate"], ["--rate and --calibrate: each gives the speed"]),
     ],
 )
 def test_a_mistake_in_an_option_is_one_line(ablate: Command, words: list[str], parts: list[str]) -> None:

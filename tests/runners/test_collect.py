@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def test_without_any_choice_all_samples_are_taken(tmp_path: Path) -> None:
     assert samples.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert samples.rollout.transitions.x.shape[:2] == (GROUPS * SIZE, 3)
     assert samples.rollout.latents is None
+
+
+def test_encoding_prompts_is_booked_as_part_of_the_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, clock, hours = run_of(ODE, tmp_path), time.perf_counter, []
+    real = run.policy.encode
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600 * len(hours))
+    run.policy.encode = lambda texts: hours.append(1) or real(texts)
+    collect(run)
+    assert run.progress.cost.rollout == pytest.approx(3600 * len(hours), rel=0.5)
 
 
 def test_the_best_and_the_worst_candidates_are_kept(tmp_path: Path) -> None:

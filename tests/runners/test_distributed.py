@@ -24,6 +24,8 @@ from ablate.grid import load_grid
 from ablate.plan import make_plan
 from ablate.record import Status, read_metrics, read_record
 from ablate.source import InputError
+from runners.distributed import World
+from runners.run import set_up
 
 GRIDS = Path(__file__).parents[2] / "grids"
 SMALL = {
@@ -219,6 +221,18 @@ def test_the_geometry_is_kept_or_refused_with_the_nearest_one() -> None:
         "rollout.num_groups = 48 in update.updates_per_epoch = 2 gives 24 groups per update, which 5 devices cannot "
         "share evenly: take 4 or 6 devices, or rollout.num_groups 40 or 50"
     )
+
+
+def test_fewer_held_out_prompts_than_processes_are_refused_by_all(tmp_path: Path) -> None:
+    cell, path = CELLS["grpo/trajectory/sde"], tmp_path / "prompts.txt"
+    path.write_text("one\ntwo\nthree\n")  # a split gets every other line
+    prompts = cell.recipe.prompts.model_copy(update={"train": str(path), "evaluation": str(path)})
+    cell = cell.model_copy(update={"recipe": cell.recipe.model_copy(update={"prompts": prompts})})
+    for rank in range(2):
+        with pytest.raises(
+            InputError, match=r"leaves 1 prompt for evaluation.split .evaluation., fewer than 2 devices"
+        ):
+            set_up(tmp_path, cell, world=World(device=torch.device("cpu"), rank=rank, size=2))
 
 
 def test_dynamic_sampling_stays_on_one_device() -> None:

@@ -17,19 +17,20 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from rich.console import Console
 
 from ablate import cli
 from ablate.grid import load_grid
 from ablate.lock import is_locked, lock
 from ablate.plan import Cell, make_plan
-from ablate.record import Record, Status, read_metrics, read_record, write_atomic
+from ablate.record import Ledger, Record, Status, read_metrics, read_record, write_atomic, write_ledger
 from ablate.source import InputError
-from runners import live, sweep
+from runners import live, stopping, sweep
 from runners.cell_state import CellState, state_of
 from runners.identity import identify
 from runners.live import live_table
-from runners.sweep import freeze, in_order, run_cells
+from runners.sweep import check_gpus, freeze, in_order, run_cells
 
 GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
 NUM_EPOCHS = 8
@@ -376,6 +377,58 @@ def test_a_signal_during_the_start_of_a_cell_interrupts_it(
     assert processes(folder) == []
 
 
+def signals_once_ready(folder: Path, *numbers: signal.Signals, pause: float = 0) -> None:
+    """Send this process the signals, once both ranks of the first cell are ready."""
+
+    def stop() -> None:
+        wait_until(lambda: all((folder / FIRST.id / f"ready-{rank}").exists() for rank in (0, 1)))
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+
+    threading.Thread(target=stop, daemon=True).start()
+
+
+def test_a_stop_does_not_wait_for_a_process_that_waits_for_one_that_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = 'trap "" TERM; if [ $RANK = 1 ]; then trap "exit 3" TERM; fi; touch "$4/ready-$RANK"'
+    script(folder / "fake", f"{body}; for i in $(seq 400); do sleep 0.05; done", monkeypatch)
+    monkeypatch.setattr(sweep, "PATIENCE", 0.1)
+    signals_once_ready(folder, signal.SIGTERM)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(folder, [FIRST], processes=2, console=console())
+    assert time.monotonic() - start < 10
+    assert record_of(folder, FIRST).status is Status.INTERRUPTED
+
+
+def test_cells_that_do_not_end_at_once_are_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = 'trap "" TERM; touch "$4/ready-$RANK"'
+    script(folder / "fake", f"{body}; for i in $(seq 400); do sleep 0.05; done", monkeypatch)
+    monkeypatch.setattr(sweep, "AT_ONCE", 0.2)
+    monkeypatch.setattr(stopping, "ONE_REQUEST", 0.1)
+    signals_once_ready(folder, signal.SIGINT, signal.SIGTERM, pause=0.5)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(folder, [FIRST], processes=2, console=console())
+    assert time.monotonic() - start < 10
+    assert record_of(folder, FIRST).status is Status.INTERRUPTED
+    assert processes(folder) == []
+
+
+def test_two_signals_of_one_request_let_cells_save_themselves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ending = "echo x >> $cell/asked-$RANK; sleep 1; touch $cell/saved-$RANK; exit 0"
+    body = f'cell=$4; trap "{ending}" TERM; touch "$4/ready-$RANK"'
+    script(folder / "fake", f"{body}; for i in $(seq 400); do sleep 0.05; done", monkeypatch)
+    signals_once_ready(folder, signal.SIGINT, signal.SIGTERM, pause=0.2)
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(folder, [FIRST], processes=2, console=console())
+    for rank in (0, 1):
+        assert (folder / FIRST.id / f"saved-{rank}").exists()
+        assert (folder / FIRST.id / f"asked-{rank}").read_text() == "x\n"
+
+
 def test_threads_are_those_of_the_user_or_a_fair_share(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(folder / "fake", 'echo "$OMP_NUM_THREADS" > "$4/threads"; exit 3', monkeypatch)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
@@ -399,7 +452,16 @@ def test_seeds_take_turns() -> None:
 @pytest.fixture
 def half_done(folder: Path) -> Path:
     lines = [{"epoch": 0, "eval/score": 0.25, "eval/accuracy": 0.125}, {"epoch": 3, "rollout/score": 0.5}]
-    lines += [{"epoch": 6, "rollout/score": 0.625, "eval/score": 0.5, "eval/accuracy": 0.25, "device_hours": 0.5}]
+    lines += [
+        {
+            "epoch": 6,
+            "rollout/score": 0.625,
+            "eval/score": 0.5,
+            "eval/accuracy": 0.25,
+            "device_hours": 0.5,
+            "cost/rollout": 1800,
+        }
+    ]
     (folder / FIRST.id / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -466,12 +528,72 @@ def test_where_one_process_fails_the_others_end_too(folder: Path, monkeypatch: p
     assert state.status == "failed"
 
 
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_record_names_the_process_that_was_killed_and_not_who_missed_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, killed: int
+) -> None:
+    missed = Record(id=FIRST.id, status=Status.FAILED, message="RuntimeError: connection closed by peer", seed=0)
+    write_atomic(folder / "missed.json", missed.model_dump_json())
+    body = f'if [ $RANK = {killed} ]; then kill -9 $$; fi; cp "{folder}/missed.json" "$4/record.json"; exit 1'
+    script(folder / "fake", body, monkeypatch)
+    (state,) = run_cells(folder, [FIRST], processes=2, console=console())
+    assert (state.status, state.message) == ("failed", f"process {killed} of 2: killed by SIGKILL")
+
+
+def test_a_process_that_is_ended_here_is_not_the_one_at_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(folder / "fake", 'if [ "$RANK" = 1 ]; then echo no luck; exit 3; fi; exec sleep 600', monkeypatch)
+    monkeypatch.setattr(sweep, "PATIENCE", 0.1)
+    (state,) = run_cells(folder, [FIRST], processes=2, console=console())
+    assert state.message == "process 1 of 2: exit code 3: no luck"
+
+
 def test_a_spent_grid_starts_nothing_more(half_done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(half_done / "fake", 'touch "$4/started"', monkeypatch)
     run_cells(half_done, [FIRST, SECOND], device_hours=0.5, console=console())
     assert not list(half_done.glob("*/started"))
     run_cells(half_done, [FIRST, SECOND], device_hours=0.6, console=console())
     assert len(list(half_done.glob("*/started"))) == 2
+
+
+def test_the_budget_counts_all_cells_of_the_grid_and_what_was_lost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(folder / "fake", 'touch "$4/started"', monkeypatch)
+    done = Record(id=SECOND.id, status=Status.DONE, seed=0, cost=Ledger(update=900, eval=9e9, lost=900))
+    write_atomic(folder / SECOND.id / "record.json", done.model_dump_json())
+    interrupted = next(cell.id for cell in PLAN.cells if cell not in (FIRST, SECOND))
+    freeze(folder, PLAN, "name: quickstart\n")
+    write_ledger(folder / interrupted, Ledger(rollout=900, reward=900, lost=1800))
+    run_cells(folder, [FIRST], device_hours=1.5, console=console())
+    assert not list(folder.glob("*/started"))
+    run_cells(folder, [FIRST], device_hours=1.6, console=console())
+    assert [path.parent.name for path in folder.glob("*/started")] == [FIRST.id]
+
+
+@pytest.mark.parametrize(
+    ("given", "num_gpus", "allowed"), [("0,1", 9, False), (None, 2, False), (None, 3, True), (None, 0, True)]
+)
+def test_more_processes_than_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, num_gpus: int, allowed: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    with contextlib.nullcontext() if allowed else pytest.raises(InputError, match=r"--processes 3: .* machine has 2;"):
+        check_gpus(3)
+    check_gpus(1)
+
+
+def test_the_command_line_refuses_more_processes_than_gpus_before_it_writes(
+    tmp_path: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "_gpus", lambda: ["0", "1"])
+    words = ["run", str(GRID), "--results", tmp_path / "r", "--no-tracking", "--processes", "3"]
+    code, out, error = ablate(*words, "--set", "rollout.num_groups=24", "--set", "update.updates_per_epoch=2")
+    assert (code, out, len(error.splitlines())) == (2, "", 1)
+    assert "--processes 3" in error
+    assert not (tmp_path / "r").exists()
 
 
 def test_two_processes_through_the_front_door(tmp_path: Path, ablate: Command) -> None:

@@ -6,21 +6,27 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cells import folder_of
 
 from ablate.components import build
+from ablate.flow import diffusers_sigmas
 from ablate.grid import load_grid
 from ablate.part import COMPONENT_AXES
 from ablate.passes import passes
 from ablate.plan import Cell, make_plan
 from ablate.record import Status, read_metrics
-from runners import checkpoint, train
+from runners import checkpoint, stopping, train
+from runners import evaluation as evaluation_module
+from runners.collect import Samples
+from runners.evaluation import evaluate, generate
 from runners.policy import SD3Policy
-from runners.run import set_up
+from runners.run import Run, set_up
 
 GRIDS = Path(__file__).parents[2] / "grids"
 SMALL = {
@@ -99,13 +105,46 @@ def test_a_killed_cell_resumes_to_the_same_metrics(tmp_path: Path, monkeypatch: 
     assert not (parts / "checkpoint").exists()
 
 
+def test_nothing_that_was_spent_is_forgotten_by_a_second_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed an epoch after a checkpoint, and again in the repeated epoch, after its rollout; then finished."""
+    cell = BY_NAME["grpo/elbo-simple/ode"]
+    budget = cell.recipe.budget.model_copy(update={"epochs": 4})
+    folder = folder_of(cell, tmp_path, budget=budget, checkpoint_every=2)
+    collect, epoch, starts = train.collect, train.train_epoch, []
+
+    def noted(run: Run) -> dict[str, float]:
+        if not starts or starts[-1][0] is not run:
+            starts.append((run, run.progress.cost.work))
+        if len(starts) == 1 and run.progress.epoch == 3:
+            raise SystemExit(9)
+        return epoch(run)
+
+    def rolled_out(run: Run) -> Samples:
+        samples = collect(run)
+        if len(starts) == 2:
+            raise SystemExit(9)
+        return samples
+
+    monkeypatch.setattr(train, "train_epoch", noted)
+    monkeypatch.setattr(train, "collect", rolled_out)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            train.train_cell(folder)
+    record = train.train_cell(folder)
+    (first, _), (second, saved), _ = starts
+    assert record.status is Status.DONE
+    assert saved < second.progress.cost.work
+    assert record.cost.lost == pytest.approx(first.progress.cost.work + second.progress.cost.work - 2 * saved)
+
+
 def test_a_signal_saves_after_the_epoch_and_the_next_start_goes_on(tmp_path: Path, monkeypatch) -> None:
     folder = folder_of(BY_NAME["grpo/elbo-simple/ode"], tmp_path)
     real = train.train_epoch
 
     def interrupted(run):
         if run.progress.epoch == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):  # one request, passed on by several
+                os.kill(os.getpid(), number)
         return real(run)
 
     monkeypatch.setattr(train, "train_epoch", interrupted)
@@ -114,6 +153,19 @@ def test_a_signal_saves_after_the_epoch_and_the_next_start_goes_on(tmp_path: Pat
     second = train.train_cell(folder)
     assert (second.status, second.epochs) == (Status.DONE, 2)
     assert second.cost.lost == 0
+
+
+def test_a_second_request_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(BY_NAME["grpo/elbo-simple/ode"], tmp_path)
+
+    def interrupted(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(stopping.time, "monotonic", lambda: 1e9)  # later than stopping.ONE_REQUEST
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    record = train.train_cell(folder)
+    assert (record.status, record.epochs) == (Status.INTERRUPTED, 0)
 
 
 def test_numbers_that_are_not_finite_are_a_divergence(tmp_path: Path) -> None:
@@ -201,6 +253,29 @@ def test_a_target_ends_the_cell(tmp_path: Path) -> None:
     assert (record.status, record.epochs) == (Status.DONE, 0)
 
 
+def test_a_target_that_was_reached_before_a_kill_is_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between its last checkpoint and its record."""
+    cell = BY_NAME["grpo/elbo-simple/ode"]
+    budget = cell.recipe.budget.model_copy(update={"epochs": 50, "target": 0.5})
+    evaluation = cell.recipe.evaluation.model_copy(update={"every": 2})
+    folder = folder_of(cell, tmp_path, budget=budget, evaluation=evaluation, checkpoint_every=1)
+    monkeypatch.setattr(evaluation_module, "means", lambda *_: {"eval/score": measured[-1]})
+    monkeypatch.setattr(train, "train_epoch", lambda _: measured.append(0.6) or {})
+    measured = [0.4]
+
+    def killed(*_: object) -> None:
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "export", killed)
+        with pytest.raises(SystemExit):
+            train.train_cell(folder)
+    record = train.train_cell(folder)
+    assert (record.status, record.epochs, len(measured)) == (Status.DONE, 2, 3)
+
+
 @pytest.mark.parametrize("length", [0, 100, 5000])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_counts(tmp_path: Path, length: int, capsys) -> None:
     cell = BY_NAME["grpo/elbo-simple/ode"]
@@ -222,18 +297,43 @@ def test_what_does_not_fit_into_memory_is_done_in_smaller_batches_with_the_same_
     metrics = {}
     for limit in (1000, 5):
         run = set_up(folder_of(cell, tmp_path), cell)
-        real = run.policy.velocity
-
-        def limited(x, *rest, limit=limit, real=real):
-            if len(x) > limit:
-                raise torch.OutOfMemoryError("too many")
-            return real(x, *rest)
-
-        run.policy.velocity = limited
+        run.policy.velocity = limited(run.policy.velocity, limit)
         metrics[limit] = train.train_epoch(run)
         assert run.batch_sizes == ({"rollout": 128, "update": 16} if limit > 100 else {"rollout": 4, "update": 4})
     assert "out of memory; going on with batches of 4" in capsys.readouterr().out
     assert metrics[5] == pytest.approx(metrics[1000], rel=1e-3)
+
+
+def test_evaluation_that_does_not_fit_into_memory_goes_on_with_smaller_batches(tmp_path: Path, capsys) -> None:
+    """A device that holds 2 images at most, for the network or for the decoder: the images are the same."""
+    cell = BY_NAME["gspo/elbo-simple/ode"]
+    recipe, found = cell.recipe.evaluation, []
+    for network, decoder in ((1000, 1000), (2, 1000), (1000, 2)):
+        run = set_up(folder_of(cell, tmp_path), cell)
+        run.batch_sizes["rollout"] = 5
+        policy = run.policy
+        policy.velocity = limited(policy.velocity, network)
+        policy.pipe.vae.decode = limited(policy.pipe.vae.decode, decoder)
+        scores = evaluate(run)
+        assert run.batch_sizes["eval"] == min(network, 5)
+        assert ("going on with batches of 2" in capsys.readouterr().out) == (min(network, decoder) == 2)
+        prompts = run.prompts.fixed(recipe.split, recipe.num_prompts)
+        images = generate(policy, prompts, range(6), recipe, diffusers_sigmas(recipe.num_steps, policy.shift), 6)
+        found.append((scores, images.astype(int)))
+    for scores, images in found[1:]:
+        assert scores == pytest.approx(found[0][0], rel=0.05, abs=1e-3)
+        assert abs(images - found[0][1]).max() <= 1  # rounding, of 255
+
+
+def limited(real: Callable[..., Any], limit: int) -> Callable[..., Any]:
+    """A function that runs out of memory where its first argument [b, ...] is more than `limit` long."""
+
+    def call(x: torch.Tensor, *rest: object, **named: object) -> Any:
+        if len(x) > limit:
+            raise torch.OutOfMemoryError("too many")
+        return real(x, *rest, **named)
+
+    return call
 
 
 def test_even_one_image_can_be_too_many(tmp_path: Path) -> None:
