@@ -112,7 +112,7 @@ def test_the_server_is_asked_what_it_has_and_must_keep_it() -> None:
         assert reward(IMAGES, PROMPTS).score.tolist() == [1.0] * 8
         served[0] = "mean-2"
         for ask in (lambda: reward(IMAGES, PROMPTS), lambda: reward.load("cpu")):
-            with pytest.raises(RewardUnavailable, match="has the reward \"?'?mean-2.*expected \"?'?mean-1"):
+            with pytest.raises(RewardUnavailable, match="has the reward 'mean-2', expected 'mean-1'"):
                 ask()
         expecting = remote(server.url, expect="mean-1")
         assert expecting.identity == "remote-1 mean-1"
@@ -307,11 +307,11 @@ def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], message: str)
 # the reference server
 
 
-def post(url: str, body: Any, **headers: str) -> tuple[int, Any]:
+def post(url: str, body: Any, timeout: float = 10, **headers: str) -> tuple[int, Any]:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent = urllib.request.Request(f"{url}/score", content, headers)
     try:
-        with urllib.request.urlopen(sent, timeout=10) as answer:
+        with urllib.request.urlopen(sent, timeout=timeout) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read() or b"null")
@@ -365,6 +365,16 @@ def test_the_server_refuses_what_it_cannot_score_and_goes_on() -> None:
     assert answer == {"identity": "jpeg-1", "scores": expected.tolist(), "parts": {}, "reasons": []}
 
 
+def test_the_request_in_the_docs_is_answered_as_there() -> None:
+    page = (GRIDS.parent / "docs" / "rewards.md").read_text(encoding="utf-8")
+    request, answer = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    with reward_server("jpeg") as url:
+        status, got = post(url, request.encode())
+    expected = json.loads(answer)
+    assert (status, got | {"scores": []}) == (200, expected | {"scores": []})
+    assert len(got["scores"]) == len(expected["scores"])
+
+
 def test_the_server_does_not_wait_for_a_client_that_dawdles() -> None:
     with reward_server("jpeg", limits=LIMITS) as url:
         host, port = url.removeprefix("http://").split(":")
@@ -408,6 +418,27 @@ def test_one_request_is_scored_at_a_time_and_a_failing_image_is_missing(
     assert output.missing.tolist() == [False] * 4 + [True] * 2 + [False] * 2
     assert "MemoryError: too much" in output.reasons[4]
     np.testing.assert_array_equal(output.score[:4], MEANS[:4])
+
+
+def test_what_nobody_waits_for_any_more_is_not_scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "counting_reward.py").write_text(
+        "import time\n"
+        "scored = []\n"
+        "def count(images, prompts):\n"
+        "    scored.append(prompts[0].text)\n"
+        "    time.sleep(0.4)\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with reward_server("counting_reward:count") as url:
+        at_work = threading.Thread(target=post, args=(url, {"images": [png(GREY)], "prompts": [{"text": "first"}]}))
+        at_work.start()
+        time.sleep(0.1)
+        with pytest.raises(TimeoutError):
+            post(url, {"images": [png(GREY)], "prompts": [{"text": "impatient"}]}, timeout=0.1)
+        at_work.join()
+        assert post(url, {"images": [png(GREY)], "prompts": [{"text": "last"}]})[0] == 200
+    assert sys.modules["counting_reward"].scored == ["first", "last"]
 
 
 def command(*words: str, **environment: str) -> subprocess.Popen[str]:
