@@ -25,7 +25,7 @@ MAX_PARTS = 16
 class RemoteReward(HttpReward):
     """Scores of a server that is asked for whole groups, together at most `batch_size` images where these fit.
 
-    The server says which reward it has; with `expect`, it must be that one, and the cell's id says so.
+    The server says which reward it has; with `expect`, it must be that one.
     """
 
     about: ClassVar[About] = About(units="the server's", source="the server's", weights="on the server")
