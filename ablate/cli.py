@@ -356,6 +356,35 @@ def sync(
     typer.echo(f"{len(summary.runs)} runs in experiment {summary.experiment!r}, {summary.num_points} new points")
 
 
+@app.command(name="reward-server")
+def reward_server(
+    reward: Annotated[str, typer.Argument(help="A built-in reward, or module:function", metavar="REWARD")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A parameter of the reward, e.g. --set incompressible=true", metavar="FIELD=VALUE"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; beyond loopback ABLATE_REWARD_TOKEN must be set")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8400,
+) -> None:
+    """Score images for the reward `remote` of cells elsewhere, until Ctrl-C."""
+    from ablate.recipe import RewardTerm
+    from runners.distributed import this_device
+    from runners.reward_server import serve, token_of_environment
+    from runners.rewards import RewardUnavailable, load_term
+
+    parameters = dict(_setting(text) for text in settings or ())
+    try:
+        serving = load_term(RewardTerm(**{**parameters, "name": reward}), "REWARD")
+        token, device = token_of_environment(), str(this_device())
+        serve(serving, host=host, port=port, token=token, device=device, announce=typer.echo)
+    except RewardUnavailable as error:
+        raise InputError(str(error)) from None
+    except ValueError as error:  # of a reward that does not exist, or that refuses its parameters
+        raise InputError(f"reward-server {reward}: {error}") if not isinstance(error, InputError) else error from None
+
+
 @app.command(name="list")
 def list_components(
     what: Annotated[str | None, typer.Argument(help="objectives, estimators, samplers or regularisers; all")] = None,

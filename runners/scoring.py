@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from runners.prompts import Prompt
+from runners.rewards.groups import groups, whole_groups
 from runners.rewards.protocol import Images, RewardOutput, RewardUnavailable, joined, missing
 
-AT_ONCE = 256  # images of whole prompts; each piece has the time limit for itself
+AT_ONCE = 256  # images, unless those of one prompt are more; each piece has the time limit for itself
 KEPT = 24  # images of an epoch that are kept where they have no score
 
 Score = Callable[[Images, Sequence[Prompt]], RewardOutput]
@@ -69,12 +70,11 @@ class Scorer:
             return
         images = np.concatenate([images for images, _ in self._held])
         prompts = [prompt for _, prompts in self._held for prompt in prompts]
-        starts = [*_starts(prompts)]
-        cut = len(prompts) if whole else starts[-1]
-        for start, stop in _pieces([s for s in starts if s < cut], cut):
+        cut = len(prompts) if whole else list(groups(prompts))[-1].start
+        for piece in whole_groups(prompts[:cut], AT_ONCE):
             future: Future[RewardOutput] = Future()
-            self._queue().put((future, images[start:stop], prompts[start:stop]))
-            self._given.append((stop - start, future))
+            self._queue().put((future, images[piece], prompts[piece]))
+            self._given.append((piece.stop - piece.start, future))
         self._held = [(images[cut:], prompts[cut:])] if cut < len(prompts) else []
 
     def _end(self) -> None:
@@ -116,7 +116,7 @@ def score(reward: Score, images: Images, prompts: Sequence[Prompt]) -> RewardOut
     except RewardUnavailable as error:
         return missing(len(images), str(error))
     except Exception as error:  # of somebody else's model, server or function
-        cuts = [start for start in _starts(prompts) if start]
+        cuts = [group.start for group in groups(prompts) if group.start]
         failure = f"{type(error).__name__}: {error}"
     if not cuts:
         return missing(len(images), failure)
@@ -145,19 +145,3 @@ def why_missing(output: RewardOutput) -> str:
     if not len(rows):
         return ""
     return (output.reasons[rows[0]] if output.reasons else "") or "not a finite number"
-
-
-def _starts(prompts: Sequence[Prompt]) -> Iterator[int]:
-    """Where the images of each prompt begin."""
-    return (i for i, prompt in enumerate(prompts) if i == 0 or prompt.text != prompts[i - 1].text)
-
-
-def _pieces(starts: Sequence[int], stop: int) -> Iterator[tuple[int, int]]:
-    """Whole prompts, about AT_ONCE images at a time."""
-    begin = 0
-    for start in starts:
-        if start - begin >= AT_ONCE:
-            yield begin, start
-            begin = start
-    if begin < stop:
-        yield begin, stop

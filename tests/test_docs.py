@@ -77,7 +77,7 @@ def test_names_of_recipe_fields_and_commands_exist(page: str) -> None:
     assert named - {path for path, _ in fields(Recipe)} <= {"rollout.py", "kl.py"}
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     commands |= {group.name for group in app.registered_groups}
-    assert set(re.findall(r"`ablate (\w+)", PAGES[page])) <= commands
+    assert set(re.findall(r"`ablate ([\w-]+)", PAGES[page])) <= commands
 
 
 @pytest.mark.parametrize("page", PAGES)

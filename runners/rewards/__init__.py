@@ -22,6 +22,11 @@ REWARDS: Mapping[str, str] = {
     "sharpness": "runners.rewards.scene_quality:ShapeSharpness",
     "diversity": "runners.rewards.scene_quality:LayoutDiversity",
     "jpeg": "runners.rewards.jpeg:JpegReward",
+    "judge": "runners.rewards.judge:JudgeReward",
+    "unified-reward": "runners.rewards.judge:UnifiedReward",
+    "pairwise": "runners.rewards.pairwise:PairwiseReward",
+    "pairwise-judge": "runners.rewards.pairwise:PairwiseJudge",
+    "remote": "runners.rewards.remote:RemoteReward",
 }
 
 

@@ -120,7 +120,7 @@ def test_many_images_are_scored_in_pieces() -> None:
     images = np.zeros((len(prompts), 1, 1, 3), np.uint8)
     assert len(Scorer(recorded, timeout=60)(images, prompts).score) == len(prompts)
     assert len(sizes) > 1
-    assert all(size % 24 == 0 and size < AT_ONCE + 24 for size in sizes)
+    assert all(size % 24 == 0 and size <= AT_ONCE for size in sizes)
 
 
 def test_a_reward_that_hangs_is_given_up_and_stays_so() -> None:
@@ -221,7 +221,7 @@ def test_a_cell_whose_reward_goes_away_resumes_to_the_same_metrics(calls: int, t
     left.write_text("1000")
     record = train.train_cell(parts)
     assert record.status is Status.DONE
-    assert (record.cost.lost > 0) == (calls == 5)  # the rollout of the epoch that had to be repeated
+    assert (record.cost.lost > 0) == (calls in (3, 5))  # an evaluation or a rollout that had to be repeated
 
     def comparable(folder: Path) -> list[dict[str, float]]:
         lines = read_metrics(folder)
