@@ -22,6 +22,11 @@ REWARDS: Mapping[str, str] = {
     "sharpness": "runners.rewards.scene_quality:ShapeSharpness",
     "diversity": "runners.rewards.scene_quality:LayoutDiversity",
     "jpeg": "runners.rewards.jpeg:JpegReward",
+    "aesthetic": "runners.rewards.aesthetic:AestheticReward",
+    "clipscore": "runners.rewards.similarity:ClipScoreReward",
+    "hpsv2.1": "runners.rewards.hps:HPSReward",
+    "imagereward": "runners.rewards.imagereward:ImageRewardReward",
+    "pickscore": "runners.rewards.similarity:PickScoreReward",
 }
 
 
