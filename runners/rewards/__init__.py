@@ -22,6 +22,7 @@ REWARDS: Mapping[str, str] = {
     "sharpness": "runners.rewards.scene_quality:ShapeSharpness",
     "diversity": "runners.rewards.scene_quality:LayoutDiversity",
     "jpeg": "runners.rewards.jpeg:JpegReward",
+    "geneval-hf": "runners.rewards.geneval:GenEvalReward",
 }
 
 

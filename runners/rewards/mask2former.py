@@ -1,0 +1,105 @@
+"""Instances in an image by Mask2Former, with the input sizes and the post-processing of mmdet, which GenEval uses.
+
+The processor of transformers stretches sides to multiples of 32 where mmdet pads them, and its post-processing finds
+masks at 384 x 384 whatever the image; neither is used here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
+from transformers.image_transforms import get_size_with_aspect_ratio
+
+from runners.rewards.protocol import Images, RewardUnavailable
+
+SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # pixels
+NUM_CLASSES = 80
+MAX_INSTANCES = 100  # of an image
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """One object: class index in COCO's order, score in [0, 1], `mask` [h, w] and its `bounds`."""
+
+    label: int
+    score: float
+    box: Box
+    mask: NDArray[np.bool_]
+
+
+class InstanceDetector:
+    """Mask2Former with the weights of a folder. Raises RewardUnavailable for one that does not know COCO's classes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._network = Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval()
+        names = self._network.config.id2label
+        if len(names) != NUM_CLASSES or names[0] != "person":
+            got = f"{len(names)} classes, the first {names.get(0)!r}"
+            raise RewardUnavailable(f"{folder}: expected the 80 classes of COCO, the first 'person', got {got}")
+        self._processor = Mask2FormerImageProcessorPil()
+
+    def to(self, device: str) -> None:
+        """Move the weights."""
+        self._network.to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Images, thresholds: NDArray[np.float64]) -> list[list[Instance]]:
+        """Per image [b, h, w, 3] the instances whose score exceeds its threshold [b], most confident first."""
+        resized = get_size_with_aspect_ratio(images.shape[1:3], SHORT_SIDE, LONG_SIDE)
+        padded = tuple(-(-side // DIVISOR) * DIVISOR for side in resized)
+        inputs = self._processor(
+            list(images),
+            size={"height": resized[0], "width": resized[1]},
+            size_divisor=0,
+            pad_size={"height": padded[0], "width": padded[1]},
+            input_data_format="channels_last",
+            return_tensors="pt",
+        )
+        found: Any = self._network(inputs["pixel_values"].to(self._network.device))
+        answers = zip(found.class_queries_logits, found.masks_queries_logits, thresholds, strict=True)
+        sizes = (padded, resized, images.shape[1:3])
+        return [instances(classes, masks, sizes, float(threshold)) for classes, masks, threshold in answers]
+
+
+def instances(
+    class_logits: Tensor, mask_logits: Tensor, sizes: tuple[tuple[int, ...], ...], threshold: float
+) -> list[Instance]:
+    """What mmdet's `MaskFormerFusionHead` makes of an image's queries, class logits [q, 81] and mask logits [q, h, w].
+
+    Masks are enlarged to the network's input, cut to what is no padding, and resized to the image: the three `sizes`.
+    A score is the probability of the class times the mean probability inside the mask. So a class probability that
+    does not exceed the threshold cannot count, and its mask is not enlarged.
+    """
+    padded, resized, image = sizes
+    probabilities = class_logits.softmax(-1)[:, :-1]
+    highest, index = probabilities.flatten().topk(min(MAX_INSTANCES, probabilities.numel()), sorted=False)
+    index = index[highest > threshold]
+    if not len(index):
+        return []
+    query, label = index // probabilities.shape[1], index % probabilities.shape[1]
+    logits = F.interpolate(mask_logits[query][None], size=padded, mode="bilinear", align_corners=False)
+    logits = logits[..., : resized[0], : resized[1]]
+    logits = F.interpolate(logits, size=image, mode="bilinear", align_corners=False)[0]  # [n, h, w]
+    inside = logits > 0
+    within = (logits.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
+    scores = probabilities[query, label] * within
+    order = [i for i in scores.argsort(descending=True, stable=True).tolist() if scores[i] > threshold]
+    return [
+        Instance(label=int(label[i]), score=float(scores[i]), box=bounds(mask), mask=mask)
+        for i, mask in ((i, inside[i].cpu().numpy()) for i in order)
+    ]
+
+
+def bounds(mask: NDArray[np.bool_]) -> Box:
+    """(left, top, right, bottom) of a mask [h, w] with at least one pixel, right and bottom past its last one."""
+    columns, rows = (np.flatnonzero(mask.any(axis)).tolist() for axis in (0, 1))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
