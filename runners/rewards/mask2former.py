@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
-from transformers.image_transforms import get_size_with_aspect_ratio
 
 from runners.rewards.protocol import Images, RewardUnavailable
 
@@ -54,20 +53,24 @@ class InstanceDetector:
     @torch.no_grad()
     def __call__(self, images: Images, thresholds: NDArray[np.float64]) -> list[list[Instance]]:
         """Per image [b, h, w, 3] the instances whose score exceeds its threshold [b], most confident first."""
-        resized = get_size_with_aspect_ratio(images.shape[1:3], SHORT_SIDE, LONG_SIDE)
+        resized = input_size(*images.shape[1:3])
         padded = tuple(-(-side // DIVISOR) * DIVISOR for side in resized)
+        size = {"height": resized[0], "width": resized[1]}
         inputs = self._processor(
-            list(images),
-            size={"height": resized[0], "width": resized[1]},
-            size_divisor=0,
-            pad_size={"height": padded[0], "width": padded[1]},
-            input_data_format="channels_last",
-            return_tensors="pt",
+            list(images), size=size, size_divisor=0, input_data_format="channels_last", return_tensors="pt"
         )
-        found: Any = self._network(inputs["pixel_values"].to(self._network.device))
+        right, bottom = padded[1] - resized[1], padded[0] - resized[0]
+        pixels = F.pad(inputs["pixel_values"].to(self._network.device), (0, right, 0, bottom))
+        found: Any = self._network(pixels)
         answers = zip(found.class_queries_logits, found.masks_queries_logits, thresholds, strict=True)
         sizes = (padded, resized, images.shape[1:3])
         return [instances(classes, masks, sizes, float(threshold)) for classes, masks, threshold in answers]
+
+
+def input_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width to which mmdet resizes an image, before padding; transformers rounds down where this rounds."""
+    scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
 def instances(
