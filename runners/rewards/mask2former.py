@@ -1,7 +1,7 @@
 """Instances in an image by Mask2Former, with the input sizes and the post-processing of mmdet, which GenEval uses.
 
-The processor of transformers stretches sides to multiples of 32 where mmdet pads them, and its post-processing finds
-masks at 384 x 384 whatever the image; neither is used here.
+The processor of transformers smooths images that it shrinks and stretches sides to multiples of 32, where mmdet does
+neither; its post-processing finds masks at 384 x 384 whatever the image. So both are written here.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
+from transformers import Mask2FormerForUniversalSegmentation
 
 from runners.rewards.protocol import Images, RewardUnavailable
 
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # pixels
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of the channels, in 0..255
 NUM_CLASSES = 80
 MAX_INSTANCES = 100  # of an image
 Box = tuple[int, int, int, int]
@@ -44,7 +45,6 @@ class InstanceDetector:
         if len(names) != NUM_CLASSES or names[0] != "person":
             got = f"{len(names)} classes, the first {names.get(0)!r}"
             raise RewardUnavailable(f"{folder}: expected the 80 classes of COCO, the first 'person', got {got}")
-        self._processor = Mask2FormerImageProcessorPil()
 
     def to(self, device: str) -> None:
         """Move the weights."""
@@ -53,15 +53,13 @@ class InstanceDetector:
     @torch.no_grad()
     def __call__(self, images: Images, thresholds: NDArray[np.float64]) -> list[list[Instance]]:
         """Per image [b, h, w, 3] the instances whose score exceeds its threshold [b], most confident first."""
+        device = self._network.device
         resized = input_size(*images.shape[1:3])
         padded = tuple(-(-side // DIVISOR) * DIVISOR for side in resized)
-        size = {"height": resized[0], "width": resized[1]}
-        inputs = self._processor(
-            list(images), size=size, size_divisor=0, input_data_format="channels_last", return_tensors="pt"
-        )
-        right, bottom = padded[1] - resized[1], padded[0] - resized[0]
-        pixels = F.pad(inputs["pixel_values"].to(self._network.device), (0, right, 0, bottom))
-        found: Any = self._network(pixels)
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).movedim(-1, 1).float()  # [b, 3, h, w]
+        pixels = F.interpolate(pixels, size=resized, mode="bilinear", align_corners=False).round()  # as OpenCV does
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+        found: Any = self._network(F.pad((pixels - mean) / std, (0, padded[1] - resized[1], 0, padded[0] - resized[0])))
         answers = zip(found.class_queries_logits, found.masks_queries_logits, thresholds, strict=True)
         sizes = (padded, resized, images.shape[1:3])
         return [instances(classes, masks, sizes, float(threshold)) for classes, masks, threshold in answers]
