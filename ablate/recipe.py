@@ -101,9 +101,9 @@ class ModelRecipe(Strict):
 
 class PromptsRecipe(Strict):
     train: str = "scenes"
-    """`scenes`, or a file: GenEval's *.jsonl or one prompt per line."""
+    """`scenes`, `geneval`, or a file: GenEval's *.jsonl or one prompt per line."""
     evaluation: str | None = None
-    """A file of prompts that are never trained on; null for a source that has its own."""
+    """A file of prompts that are never trained on; null for the built-in sources' own."""
 
 
 class RolloutRecipe(Strict):

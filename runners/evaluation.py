@@ -128,12 +128,16 @@ def contact_sheet(images: NDArray[np.uint8], columns: int = 6) -> Image.Image:
 
 
 def means(phase: str, scores: RewardOutput, prompts: Sequence[Prompt] = ()) -> dict[str, float]:
-    """Means over the images that have a score, and by family of prompts where these are given; NaN without any."""
+    """Means over the images that have a score; where prompts are given, by family and over families too.
+
+    NaN without any.
+    """
     values = {"score": scores.score, **scores.parts}
     found = {f"{phase}/{name}": _mean(v) for name, v in values.items()}
     tags = np.array([p.tag for p in prompts])
-    for tag in dict.fromkeys(tags.tolist()):
-        found |= {f"{phase}/{name}/{tag}": _mean(v[tags == tag]) for name, v in scores.parts.items()}
+    for name, v in scores.parts.items() if len(tags) else ():
+        of_family = {f"{phase}/{name}/{tag}": _mean(v[tags == tag]) for tag in dict.fromkeys(tags.tolist())}
+        found |= of_family | {f"{phase}/by_family/{name}": _mean(np.array([*of_family.values()]))}
     return found
 
 

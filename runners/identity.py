@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ablate.recipe import PromptsRecipe, Recipe, RewardSpec
 from ablate.source import FieldError, InputError, choices
+from runners.geneval_prompts import GenEvalPrompts
 from runners.prompts import read_prompts
 from runners.rewards import RewardUnavailable, load_reward
 
@@ -35,18 +36,22 @@ def _reward(spec: RewardSpec, field: str) -> str:
 
 
 def _prompts(recipe: PromptsRecipe) -> dict[str, str]:
-    """Hashes of the files that prompts are taken from; built-in ones change with the reward."""
+    """Hashes of the files that prompts are taken from, or a generator's version; scenes change with the reward."""
     if recipe.train == "scenes":
         return {}
+    files = {"train": recipe.train, "evaluation": recipe.evaluation}
     hashes = {}
-    for part, file in (("train", recipe.train), ("evaluation", recipe.evaluation)):
+    if recipe.train == "geneval":
+        hashes["prompts.train"] = GenEvalPrompts.identity
+        files = {"evaluation": recipe.evaluation} if recipe.evaluation else {}
+    for part, file in files.items():
         if file is None:
             missing = f"got {recipe.train!r} without prompts.evaluation, a file of prompts that are not trained on"
             raise FieldError("prompts.train", missing)
         try:
             read_prompts(Path(file))
         except InputError as error:
-            builtin = "; built in: scenes" if part == "train" and not Path(file).exists() else ""
+            builtin = "; built in: scenes, geneval" if part == "train" and not Path(file).exists() else ""
             raise FieldError(f"prompts.{part}", f"{error}{builtin}") from None
         hashes[f"prompts.{part}"] = _digest(Path(file))
     return hashes

@@ -61,9 +61,14 @@ class ListedPrompts:
         return [self.train_prompts[i] for i in chosen]
 
     def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
-        # interleaved, so that the two splits are disjoint whatever their lengths
-        own = self.fixed_prompts[{"development": 0, "evaluation": 1}[split] :: 2]
-        return list(own[:num_prompts])
+        return in_turn(self.fixed_prompts)[split][:num_prompts]
+
+
+def in_turn(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Different sentences go in turn to the development and the evaluation split, repetitions with them."""
+    turn = {text: i % 2 for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
+    splits = enumerate(("development", "evaluation"))
+    return {split: [p for p in prompts if turn[p.text] == own] for own, split in splits}
 
 
 def load_prompts(recipe: PromptsRecipe) -> PromptSource:
@@ -72,6 +77,10 @@ def load_prompts(recipe: PromptsRecipe) -> PromptSource:
         from runners.tiny.scenes import ScenePrompts  # noqa: PLC0415 (scenes are made of this module's prompts)
 
         return ScenePrompts()
+    if recipe.train == "geneval":
+        from runners.geneval_prompts import GenEvalPrompts  # noqa: PLC0415 (so are these)
+
+        return GenEvalPrompts(read_prompts(Path(recipe.evaluation)) if recipe.evaluation else None)
     if recipe.evaluation is None:
         raise InputError(f"prompts.evaluation: name a file of prompts that are not trained on, beside {recipe.train!r}")
     return ListedPrompts(

@@ -115,12 +115,16 @@ class Reward(ABC):
 
         Here: a score for each image, finite, and the same twice.
         """
-        images, prompts = fixed_inputs()
+        images, prompts = self.check_inputs()
         first, again = self(images, prompts).score, self(images, prompts).score
         if first.shape != (len(images),) or not np.isfinite(first).all():
             raise RewardUnavailable(f"{self.identity}: expected {len(images)} finite scores, got {first}")
         if not np.array_equal(first, again):
             raise RewardUnavailable(f"{self.identity}: scored the same images {first} and then {again}")
+
+    def check_inputs(self) -> tuple[Images, list[Prompt]]:
+        """Images and prompts of the self-check."""
+        return fixed_inputs()
 
 
 def fixed_inputs() -> tuple[Images, list[Prompt]]:

@@ -56,8 +56,9 @@ def judge(detections: Sequence[Detection], prompt: Prompt, *, released: bool = F
     """Whether the detections fulfil the prompt. Objects that no requirement names are ignored, as in GenEval.
 
     A violated `exclude` makes an image inaccurate and leaves its score alone, as in GenEval and its training reward.
-    With `released`, the score is that of the released training reward: the term of a count can be negative, and a
-    violated position also earns the satisfied term.
+    With `released`, the score is that of the released training reward: the term of a count can be negative, a violated
+    position also earns the satisfied term, a wrong count costs one further term and not two where colour and position
+    are asked for, and what has a wrong colour or place has no place and is none for others.
     """
     terms: list[float] = []
     reasons: list[str] = []
@@ -69,30 +70,58 @@ def judge(detections: Sequence[Detection], prompt: Prompt, *, released: bool = F
         terms.append(term if released else max(0.0, term))
         if len(found) != count:
             reasons.append(f"expected {wanted}={count}, found {len(found)}")
-            terms += [0.0] * ((requirement.color is not None) + (requirement.position is not None))
+            missed = (requirement.color is not None) + (requirement.position is not None)
+            terms += [0.0] * (min(missed, 1) if released else missed)
             matched.append(None)
             continue
-        matched.append(found)
+        right = True
         if requirement.color is not None:
             num_right = sum(d.color == requirement.color for d in found)
             terms.append(1 - (count - num_right) / count)
             if num_right != count:
+                right = False
                 colors = ", ".join(d.color for d in found)
                 reasons.append(f"expected {requirement.color} {wanted}={count}, found {colors}")
-        if requirement.position is not None:
+        if requirement.position is not None and (right or not released):
             relation, target = requirement.position
             others = matched[target]
-            if others is None:
+            right = others is not None and _placed(found, others, relation)
+            if right:
+                terms.append(1.0)
+            elif others is None:
                 reasons.append(f"no {prompt.include[target].cls} to be {relation}")
                 terms.append(0.0)
-            elif all(relation in relations(a, b) for a in found for b in others):
-                terms.append(1.0)
             else:
                 reasons.append(f"expected {wanted} {relation} {prompt.include[target].cls}")
                 terms += [0.0, 1.0] if released else [0.0]
+        matched.append(found if right or not released else None)
     for unwanted in prompt.exclude:
         num_found = sum(d.cls == unwanted.cls and unwanted.color in (None, d.color) for d in detections)
         if num_found >= unwanted.count:
             reasons.append(f"expected {unwanted.cls}<{unwanted.count}, found {num_found}")
     score = sum(terms) / len(terms) if terms else 0.0
     return Verdict(accurate=bool(terms) and not reasons, score=score, reasons=tuple(reasons))
+
+
+def correct(detections: Sequence[Detection], prompt: Prompt) -> bool:
+    """GenEval's own measure, the released `evaluate`: more objects than asked for are no error, unless excluded.
+
+    Of each class the first `count` detections are looked at, so they must be in order of confidence.
+    """
+    matched: list[list[Detection] | None] = []
+    for requirement in prompt.include:
+        found = [d for d in detections if d.cls == requirement.cls][: requirement.count]
+        holds = len(found) == requirement.count
+        if holds and requirement.color is not None:
+            holds = all(d.color == requirement.color for d in found)
+        if holds and requirement.position is not None:
+            relation, target = requirement.position
+            others = matched[target]
+            holds = others is not None and _placed(found, others, relation)
+        matched.append(found if holds else None)
+    excluded = (sum(d.cls == unwanted.cls for d in detections) >= unwanted.count for unwanted in prompt.exclude)
+    return None not in matched and not any(excluded)
+
+
+def _placed(found: Sequence[Detection], others: Sequence[Detection], relation: str) -> bool:
+    return all(relation in relations(a, b) for a in found for b in others)
