@@ -49,9 +49,9 @@ def _name_or_terms(value: object) -> object:
     if isinstance(value, str) or (weights and all(type(weight) in (int, float) for weight in weights)):
         return value
     if isinstance(value, dict) and "name" in value:
-        return [value]
+        return (value,)
     if isinstance(value, (list, tuple)) and value:
-        return value
+        return tuple(value)  # strict, as what a validator returns is no longer JSON
     raise ValueError(
         f"got {value!r}, expected a name, names with weights as in {{scenes: 1, jpeg: 0.1}}, or a list of "
         "{name: ..., weight: ...} with the parameters of each"
@@ -102,7 +102,7 @@ class ModelRecipe(Strict):
 
 class PromptsRecipe(Strict):
     train: str = "scenes"
-    """`scenes`, or a file: GenEval's *.jsonl or one prompt per line."""
+    """`scenes`, `ocr`, or a file: GenEval's *.jsonl or one prompt per line."""
     evaluation: str | None = None
     """A file of prompts that are never trained on; null for a source that has its own."""
 
