@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ablate.recipe import PromptsRecipe, Recipe, RewardSpec
 from ablate.source import FieldError, InputError, choices
-from runners.prompts import read_prompts
+from runners.prompts import BUILT_IN, load_prompts, read_prompts
 from runners.rewards import RewardUnavailable, load_reward
 
 
@@ -35,9 +35,13 @@ def _reward(spec: RewardSpec, field: str) -> str:
 
 
 def _prompts(recipe: PromptsRecipe) -> dict[str, str]:
-    """Hashes of the files that prompts are taken from; built-in ones change with the reward."""
-    if recipe.train == "scenes":
-        return {}
+    """Hashes of the files that prompts are taken from, or what a built-in source calls itself."""
+    if recipe.train in BUILT_IN:
+        if recipe.evaluation is not None:
+            own = f"{recipe.train!r} has held-out prompts of its own"
+            raise FieldError("prompts.evaluation", f"got {recipe.evaluation!r}, expected null: {own}")
+        identity = load_prompts(recipe).identity
+        return {"prompts.train": identity} if identity else {}
     hashes = {}
     for part, file in (("train", recipe.train), ("evaluation", recipe.evaluation)):
         if file is None:
@@ -46,7 +50,7 @@ def _prompts(recipe: PromptsRecipe) -> dict[str, str]:
         try:
             read_prompts(Path(file))
         except InputError as error:
-            builtin = "; built in: scenes" if part == "train" and not Path(file).exists() else ""
+            builtin = f"; built in: {', '.join(BUILT_IN)}" if part == "train" and not Path(file).exists() else ""
             raise FieldError(f"prompts.{part}", f"{error}{builtin}") from None
         hashes[f"prompts.{part}"] = _digest(Path(file))
     return hashes
