@@ -32,7 +32,7 @@ class Style:
 STYLES = {
     "clean": Style(size=(36, 72)),
     "medium": Style(size=(32, 64), angle=4, coloured=True, noise=12),
-    "hard": Style(size=(18, 28), angle=10, coloured=True, blur=0.8, noise=20),
+    "hard": Style(size=(14, 24), angle=10, coloured=True, blur=1, noise=20),
 }
 
 

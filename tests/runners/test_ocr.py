@@ -171,7 +171,7 @@ def test_the_table_of_the_documentation() -> None:
     for min_side in (736, 512):
         reward = OCRReward(min_side=min_side)
         reward.self_check()
-        for style, floor in (("clean", 0.99), ("medium", 0.99), ("hard", 0.9)):
+        for style, floor in (("clean", 0.99), ("medium", 0.99), ("hard", 0.85)):
             score, exact, seconds = measured(style, 120, reward)
             print(f"| {min_side} | {style} | {score:.3f} | {exact:.2f} | {seconds:.2f} |")
             assert score >= floor
