@@ -101,7 +101,7 @@ class ModelRecipe(Strict):
 
 class PromptsRecipe(Strict):
     train: str = "scenes"
-    """`scenes`, `geneval`, or a file: GenEval's *.jsonl or one prompt per line."""
+    """`scenes`, `geneval`, `ocr`, or a file: GenEval's *.jsonl or one prompt per line."""
     evaluation: str | None = None
     """A file of prompts that are never trained on; null for the built-in sources' own."""
 

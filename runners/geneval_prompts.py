@@ -42,7 +42,7 @@ class GenEvalPrompts:
     Past the end of a split its prompts come again, with other noise: two or four images per prompt.
     """
 
-    identity = "geneval-1"  # part of every cell id
+    identity: ClassVar[str] = "geneval-1"  # part of every cell id
 
     def __init__(self, held_out: Sequence[Prompt] | None = None) -> None:
         self._splits = own_splits() if held_out is None else in_turn(held_out)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from ablate.recipe import PromptsRecipe, Recipe, RewardSpec
 from ablate.source import FieldError, InputError, choices
-from runners.geneval_prompts import GenEvalPrompts
-from runners.prompts import read_prompts
+from runners.prompts import BUILT_IN, load_prompts, read_prompts
 from runners.rewards import RewardUnavailable, load_reward
 
 
@@ -36,13 +35,15 @@ def _reward(spec: RewardSpec, field: str) -> str:
 
 
 def _prompts(recipe: PromptsRecipe) -> dict[str, str]:
-    """Hashes of the files that prompts are taken from, or a generator's version; scenes change with the reward."""
-    if recipe.train == "scenes":
-        return {}
-    files = {"train": recipe.train, "evaluation": recipe.evaluation}
+    """Hashes of the files that prompts are taken from, or what a built-in source calls itself."""
     hashes = {}
-    if recipe.train == "geneval":
-        hashes["prompts.train"] = GenEvalPrompts.identity
+    files = {"train": recipe.train, "evaluation": recipe.evaluation}
+    if recipe.train in BUILT_IN:
+        try:
+            identity = load_prompts(recipe).identity
+        except InputError as error:
+            raise FieldError("prompts.evaluation", str(error).removeprefix("prompts.evaluation: ")) from None
+        hashes |= {"prompts.train": identity} if identity else {}
         files = {"evaluation": recipe.evaluation} if recipe.evaluation else {}
     for part, file in files.items():
         if file is None:
@@ -51,7 +52,7 @@ def _prompts(recipe: PromptsRecipe) -> dict[str, str]:
         try:
             read_prompts(Path(file))
         except InputError as error:
-            builtin = "; built in: scenes, geneval" if part == "train" and not Path(file).exists() else ""
+            builtin = f"; built in: {', '.join(BUILT_IN)}" if part == "train" and not Path(file).exists() else ""
             raise FieldError(f"prompts.{part}", f"{error}{builtin}") from None
         hashes[f"prompts.{part}"] = _digest(Path(file))
     return hashes

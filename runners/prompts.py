@@ -6,10 +6,11 @@ that a reward can judge an image without parsing the sentence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -41,6 +42,8 @@ class Prompt:
 class PromptSource(Protocol):
     """Training prompts without end, and two fixed lists that no training step sees."""
 
+    identity: ClassVar[str]  # part of a cell id; empty where the reward's or the files' says it
+
     def train(self, num_prompts: int, generator: np.random.Generator) -> list[Prompt]: ...
 
     def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
@@ -52,6 +55,7 @@ class PromptSource(Protocol):
 class ListedPrompts:
     """Prompts of a file, drawn without replacement; evaluation prompts come from a file of their own."""
 
+    identity: ClassVar[str] = ""
     train_prompts: Sequence[Prompt]
     fixed_prompts: Sequence[Prompt]
 
@@ -71,21 +75,28 @@ def in_turn(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     return {split: [p for p in prompts if turn[p.text] == own] for own, split in splits}
 
 
+BUILT_IN: Mapping[str, str] = {
+    "scenes": "runners.tiny.scenes:ScenePrompts",
+    "geneval": "runners.geneval_prompts:GenEvalPrompts",
+    "ocr": "runners.ocr_prompts:OCRPrompts",
+}
+HELD_OUT_BY_FILE = ("geneval",)  # of these, those whose held-out prompts a file can replace
+
+
 def load_prompts(recipe: PromptsRecipe) -> PromptSource:
     """The prompt source of a recipe. Raises InputError for files that cannot be read or are missing."""
-    if recipe.train == "scenes":
-        from runners.tiny.scenes import ScenePrompts  # noqa: PLC0415 (scenes are made of this module's prompts)
-
-        return ScenePrompts()
-    if recipe.train == "geneval":
-        from runners.geneval_prompts import GenEvalPrompts  # noqa: PLC0415 (so are these)
-
-        return GenEvalPrompts(read_prompts(Path(recipe.evaluation)) if recipe.evaluation else None)
-    if recipe.evaluation is None:
+    held_out = read_prompts(Path(recipe.evaluation)) if recipe.evaluation else None
+    if recipe.train in BUILT_IN:
+        module, _, name = BUILT_IN[recipe.train].partition(":")
+        kind = getattr(importlib.import_module(module), name)
+        if held_out is not None and recipe.train not in HELD_OUT_BY_FILE:
+            own = f"{recipe.train!r} has held-out prompts of its own"
+            raise InputError(f"prompts.evaluation: got {recipe.evaluation!r}, expected null: {own}")
+        source: PromptSource = kind() if held_out is None else kind(held_out)
+        return source
+    if held_out is None:
         raise InputError(f"prompts.evaluation: name a file of prompts that are not trained on, beside {recipe.train!r}")
-    return ListedPrompts(
-        train_prompts=read_prompts(Path(recipe.train)), fixed_prompts=read_prompts(Path(recipe.evaluation))
-    )
+    return ListedPrompts(train_prompts=read_prompts(Path(recipe.train)), fixed_prompts=held_out)
 
 
 def check_held_out(source: PromptSource, recipe: Recipe, num_devices: int) -> None:

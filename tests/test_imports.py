@@ -6,10 +6,15 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ablate.estimators import ESTIMATORS
 from ablate.objectives import OBJECTIVES
@@ -80,3 +85,18 @@ def test_no_branch_on_the_name_of_a_component(module: str) -> None:
         compared = [*getattr(node, "comparators", ()), getattr(node, "pattern", None)] if node else []
         words = [n for part in compared if part for n in ast.walk(part) if isinstance(n, ast.Constant)]
         assert not [f"line {word.lineno}" for word in words if word.value in NAMES]
+
+
+def test_nothing_brings_torchvision() -> None:
+    """Beside a CPU build of torch it breaks the import of transformers."""
+    waiting = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    required: set[str] = set()
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        name = canonicalize_name(requirement.name)
+        if name not in required and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            required.add(name)
+            waiting += requires(name) or []
+    assert {"torch", "rapidocr", "opencv-python-headless"} <= required  # all the way down
+    assert "torchvision" not in required
+    assert find_spec("torchvision") is None

@@ -22,6 +22,7 @@ REWARDS: Mapping[str, str] = {
     "sharpness": "runners.rewards.scene_quality:ShapeSharpness",
     "diversity": "runners.rewards.scene_quality:LayoutDiversity",
     "jpeg": "runners.rewards.jpeg:JpegReward",
+    "ocr:ppocrv6-small": "runners.rewards.ocr:OCRReward",
     "geneval-hf": "runners.rewards.geneval:GenEvalReward",
     "aesthetic": "runners.rewards.aesthetic:AestheticReward",
     "clipscore": "runners.rewards.similarity:ClipScoreReward",

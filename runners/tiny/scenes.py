@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +96,8 @@ def _prompt(tag: str, text: str, *include: Requirement) -> Prompt:
 
 class ScenePrompts:
     """The prompt source `scenes`: families equally likely; see the module's first lines for the three splits."""
+
+    identity: ClassVar[str] = ""  # the reward's says it
 
     def __init__(self) -> None:
         order = np.random.default_rng(0)
