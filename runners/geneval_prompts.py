@@ -8,6 +8,7 @@ of GenEval's 553 prompts. What a held-out prompt asks for is never trained on, i
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import ClassVar
 
 import numpy as np
 

@@ -36,7 +36,7 @@ def _reward(spec: RewardSpec, field: str) -> str:
 
 def _prompts(recipe: PromptsRecipe) -> dict[str, str]:
     """Hashes of the files that prompts are taken from, or what a built-in source calls itself."""
-    hashes = {}
+    hashes: dict[str, str] = {}
     files = {"train": recipe.train, "evaluation": recipe.evaluation}
     if recipe.train in BUILT_IN:
         try:
