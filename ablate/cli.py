@@ -279,21 +279,37 @@ def probe(
 
 @app.command()
 def bench(
-    grid: GridPath,
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A grid file, or a model: `tiny`, a local pipeline, a hub id; with --random-weights sd3.5-medium or "
+            "sd3.5-large",
+            metavar="GRID|MODEL",
+        ),
+    ],
     settings: Settings = None,
     only: Only = None,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="SD 3.5 Medium at its real size, without downloading it")
+        bool, typer.Option("--random-weights", help="SD 3.5 Medium or Large at its real size, without downloading it")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output")] = False,
 ) -> None:
-    """Measure an epoch of a grid's first cell here: time by phase, FLOP/s, and what the network alone would take."""
+    """Measure an epoch of a grid's first cell, or of a model under the paper's recipe: time by phase, FLOP/s, and what
+    the network alone would take."""
+    from contextlib import nullcontext
+
     from runners.bench import bench as measure
+    from runners.bench_model import grid_of, model_of
     from runners.distributed import this_device
+    from runners.hub import check_model
     from runners.random_weights import random_policy
 
-    _, _, planned = _planned(grid, settings, only, None)
+    model = model_of(what, random_weights=random_weights)
+    with grid_of(model) if model else nullcontext(Path(what)) as grid:
+        _, _, planned = _planned(grid, settings, only, None)
     first = planned.cells[0]
+    if not random_weights:
+        check_model(first.recipe.model)
     found = measure(first, random_policy(first.recipe.model, this_device()) if random_weights else None)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
@@ -307,7 +323,8 @@ def bench(
         f"gradient; {found.calls_per_second:.0f} per second, a backward counted as two more\n"
         f"FLOP: {found.flops_per_call:.3g} per call, {found.flops_per_second:.3g} per second of the epoch\n"
         f"The network alone would take {found.bare:.2f} s: update efficiency {found.efficiency:.2f}{memory}\n"
-        f"Forecast of the grid: ablate bench {grid} --json > bench.json; ablate plan {grid} --bench bench.json"
+        f"Forecast of a grid: ablate bench {what} --json > bench.json; ablate plan {'GRID' if model else what} --bench "
+        "bench.json"
     )
 
 

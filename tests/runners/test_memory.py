@@ -18,7 +18,7 @@ from ablate.recipe import ModelRecipe
 from runners import memory_estimate
 from runners.memory_estimate import Architecture, MemoryEstimate, estimate, read_architecture
 from runners.policy import SD3Policy
-from runners.random_weights import medium_autoencoder, medium_transformer, random_policy
+from runners.random_weights import autoencoder, medium_transformer, random_policy
 
 GRIDS = Path(__file__).parents[2] / "grids"
 CELL = next(c for c in make_plan(load_grid(GRIDS / "tiny.yaml")).cells if c.estimator == "trajectory")
@@ -99,7 +99,7 @@ def most_resident(work: Callable[[], object]) -> int:
 @pytest.mark.slow
 def test_sd35_medium_takes_what_was_estimated() -> None:
     """At its real size: a call at 512 x 512, and forward and backward of the LoRA at 128 x 128."""
-    model = ModelRecipe(dtype="bfloat16", lora_rank=32, lora_alpha=64)
+    model = ModelRecipe(path="sd3.5-medium", dtype="bfloat16", lora_rank=32, lora_alpha=64)
     small = CELL.recipe.model_copy(
         update={
             "model": model,
@@ -110,9 +110,7 @@ def test_sd35_medium_takes_what_was_estimated() -> None:
 
     def estimated(resolution: int) -> MemoryEstimate:
         with torch.device("meta"):
-            parts = Architecture(
-                transformer=medium_transformer(), autoencoder=medium_autoencoder(), num_encoder_parameters=0
-            )
+            parts = Architecture(transformer=medium_transformer(), autoencoder=autoencoder(), num_encoder_parameters=0)
         recipe = small.model_copy(update={"model": model.model_copy(update={"resolution": resolution})})
         return estimate(CELL.model_copy(update={"recipe": recipe}), parts)
 
