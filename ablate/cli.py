@@ -216,15 +216,27 @@ def evaluate(
         list[str] | None, typer.Option("--reward", help="Score with this reward; repeat for more")
     ] = None,
     guidance: Annotated[list[float] | None, typer.Option(help="Guidance scale; repeat for more")] = None,
-    cells: Annotated[list[str] | None, typer.Option("--cell", help="This cell alone; repeat for more")] = None,
+    cells: Annotated[list[str] | None, typer.Option("--cell", help="This finished cell; repeat for more")] = None,
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--checkpoint",
+            help="A cell that is not finished, by its folder (its newest checkpoint) or a file in its checkpoint/; "
+            "repeat for more",
+            metavar="FOLDER|FILE",
+        ),
+    ] = None,
 ) -> None:
-    """Score finished cells and their base model on the held-out prompts, with any rewards and guidance scales."""
+    """Score cells and their base models on the held-out prompts, with any rewards and guidance scales.
+
+    All finished cells, unless --cell or --checkpoint name others.
+    """
     from rich.table import Table
 
     from runners.cell_evaluation import evaluate_cells
 
     console = _console()
-    rows = list(evaluate_cells(results, rewards or [], guidance or [None], cells or []))
+    rows = list(evaluate_cells(results, rewards or [], guidance or [None], cells or [], checkpoints or []))
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:

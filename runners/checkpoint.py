@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ablate.record import Ledger
+from ablate.source import InputError
 from runners.policy import SD3Policy
 
 
@@ -78,3 +79,22 @@ def restore(
 def discard(folder: Path) -> None:
     """Remove a finished cell's checkpoint."""
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+
+def read_newest(path: Path, device: torch.device) -> dict[str, Any]:
+    """What `save` wrote last: the newest intact checkpoint of a cell's folder, or the one in this file.
+
+    Damaged ones are named. Raises InputError where none is intact.
+    """
+    found = [path] if path.is_file() else [path / "checkpoint" / name for name in ("state.pt", "before.pt")]
+    for file in found:
+        if not file.exists():
+            continue
+        try:
+            state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            print(f"{file} is damaged and left out ({type(error).__name__})", file=sys.stderr)
+            continue
+        return state
+    rule = "a cell writes one every checkpoint_every epochs, and removes them when it is done"
+    raise InputError(f"{path}: no intact checkpoint; {rule}")
