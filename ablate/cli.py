@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ablate.grid import Grid
     from ablate.plan import Cell, Plan
+    from runners.preflight import Finding
 
 app = typer.Typer(
     help="Which part of a reinforcement-learning recipe for diffusion models matters: objective, estimator or sampler.",
@@ -113,6 +115,7 @@ def run(
     from ablate.geometry import check_devices
     from runners.cell_state import state_of
     from runners.hub import check_model
+    from runners.preflight import preflight
     from runners.sweep import freeze, in_order, run_cells
     from runners.tracking import Mirror, compare_link, server_command
 
@@ -132,6 +135,7 @@ def run(
         for cell in in_order(planned.cells):
             typer.echo(folder / cell.id)
         return
+    _print_findings(console, preflight(planned.cells, folder, workers=workers, processes=processes))
     console.print(
         f"{counted(len(planned.cells), 'cell')} in {folder}, {workers} at a time; "
         f"combinations excluded: {len(planned.excluded)}"
@@ -347,21 +351,15 @@ def doctor(
     only: Only = None,
     seeds: Seeds = None,
     results: Results = RESULTS,
-    dry_run: Annotated[bool, typer.Option(help="Train the first cell for one small epoch")] = True,
+    dry_run: Annotated[
+        bool, typer.Option(help="Take the first cell through two small epochs, a restart and the export")
+    ] = True,
 ) -> None:
     """Look for what stands between a grid and its first cell, each finding with its remedy."""
-    from rich.text import Text
-
     from runners.doctor import examine
 
     console, (_, _, planned) = _console(), _planned(grid, settings, only, seeds)
-    styles = {"ok": "green", "warning": "yellow", "problem": "red"}
-    problems = 0
-    for finding in examine(planned.cells, results, dry_run=dry_run):
-        problems += finding.level == "problem"
-        remedy = f": {finding.remedy}" if finding.remedy else ""
-        console.print(Text.assemble((f"{finding.level:8} ", styles[finding.level]), finding.what, remedy))
-    raise SystemExit(1 if problems else 0)
+    raise SystemExit(1 if _print_findings(console, examine(planned.cells, results, dry_run=dry_run)) else 0)
 
 
 @app.command()
@@ -398,6 +396,19 @@ def _console() -> Console:
 
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=WIDE if wide else None)
+
+
+def _print_findings(console: Console, findings: Iterable[Finding]) -> int:
+    """Print each as it comes; how many problems there are."""
+    from rich.text import Text
+
+    problems = 0
+    for finding in findings:
+        problems += finding.level == "problem"
+        style = {"ok": "green", "warning": "yellow", "problem": "red"}[finding.level]
+        remedy = f": {finding.remedy}" if finding.remedy else ""
+        console.print(Text.assemble((f"{finding.level:8} ", style), finding.what, remedy))
+    return problems
 
 
 def _planned(
