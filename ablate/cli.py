@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ablate.grid import Grid
     from ablate.plan import Cell, Plan
+    from runners.preflight import Finding
 
 app = typer.Typer(
     help="Which part of a reinforcement-learning recipe for diffusion models matters: objective, estimator or sampler.",
@@ -121,6 +123,7 @@ def run(
     from ablate.geometry import check_devices
     from runners.cell_state import state_of
     from runners.hub import check_model
+    from runners.preflight import preflight
     from runners.sweep import check_gpus, freeze, in_order, run_cells
     from runners.tracking import Mirror, compare_link, server_command
 
@@ -141,6 +144,7 @@ def run(
         for cell in in_order(planned.cells):
             typer.echo(folder / cell.id)
         return
+    _print_findings(console, preflight(planned.cells, folder, workers=workers, processes=processes))
     console.print(
         f"{counted(len(planned.cells), 'cell')} in {folder}, {workers} at a time; "
         f"combinations excluded: {len(planned.excluded)}"
@@ -225,15 +229,27 @@ def evaluate(
         list[str] | None, typer.Option("--reward", help="Score with this reward; repeat for more")
     ] = None,
     guidance: Annotated[list[float] | None, typer.Option(help="Guidance scale; repeat for more")] = None,
-    cells: Annotated[list[str] | None, typer.Option("--cell", help="This cell alone; repeat for more")] = None,
+    cells: Annotated[list[str] | None, typer.Option("--cell", help="This finished cell; repeat for more")] = None,
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--checkpoint",
+            help="A cell that is not finished, by its folder (its newest checkpoint) or a file in its checkpoint/; "
+            "repeat for more",
+            metavar="FOLDER|FILE",
+        ),
+    ] = None,
 ) -> None:
-    """Score finished cells and their base model on the held-out prompts, with any rewards and guidance scales."""
+    """Score cells and their base models on the held-out prompts, with any rewards and guidance scales.
+
+    All finished cells, unless --cell or --checkpoint name others.
+    """
     from rich.table import Table
 
     from runners.cell_evaluation import evaluate_cells
 
     console = _console()
-    rows = list(evaluate_cells(results, rewards or [], guidance or [None], cells or []))
+    rows = list(evaluate_cells(results, rewards or [], guidance or [None], cells or [], checkpoints or []))
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
@@ -288,21 +304,37 @@ def probe(
 
 @app.command()
 def bench(
-    grid: GridPath,
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A grid file, or a model: `tiny`, a local pipeline, a hub id; with --random-weights sd3.5-medium or "
+            "sd3.5-large",
+            metavar="GRID|MODEL",
+        ),
+    ],
     settings: Settings = None,
     only: Only = None,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="SD 3.5 Medium at its real size, without downloading it")
+        bool, typer.Option("--random-weights", help="SD 3.5 Medium or Large at its real size, without downloading it")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output")] = False,
 ) -> None:
-    """Measure an epoch of a grid's first cell here: time by phase, FLOP/s, and what the network alone would take."""
+    """Measure an epoch of a grid's first cell, or of a model under the paper's recipe: time by phase, FLOP/s, and what
+    the network alone would take."""
+    from contextlib import nullcontext
+
     from runners.bench import bench as measure
+    from runners.bench_model import grid_of, model_of
     from runners.distributed import this_device
+    from runners.hub import check_model
     from runners.random_weights import random_policy
 
-    _, _, planned = _planned(grid, settings, only, None)
+    model = model_of(what, random_weights=random_weights)
+    with grid_of(model) if model else nullcontext(Path(what)) as grid:
+        _, _, planned = _planned(grid, settings, only, None)
     first = planned.cells[0]
+    if not random_weights:
+        check_model(first.recipe.model)
     found = measure(first, random_policy(first.recipe.model, this_device()) if random_weights else None)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
@@ -316,7 +348,8 @@ def bench(
         f"gradient; {found.calls_per_second:.0f} per second, a backward counted as two more\n"
         f"FLOP: {found.flops_per_call:.3g} per call, {found.flops_per_second:.3g} per second of the epoch\n"
         f"The network alone would take {found.bare:.2f} s: update efficiency {found.efficiency:.2f}{memory}\n"
-        f"Forecast of the grid: ablate bench {grid} --json > bench.json; ablate plan {grid} --bench bench.json"
+        f"Forecast of a grid: ablate bench {what} --json > bench.json; ablate plan {'GRID' if model else what} --bench "
+        "bench.json"
     )
 
 
@@ -327,21 +360,15 @@ def doctor(
     only: Only = None,
     seeds: Seeds = None,
     results: Results = RESULTS,
-    dry_run: Annotated[bool, typer.Option(help="Train the first cell for one small epoch")] = True,
+    dry_run: Annotated[
+        bool, typer.Option(help="Take the first cell through two small epochs, a restart and the export")
+    ] = True,
 ) -> None:
     """Look for what stands between a grid and its first cell, each finding with its remedy."""
-    from rich.text import Text
-
     from runners.doctor import examine
 
     console, (_, _, planned) = _console(), _planned(grid, settings, only, seeds)
-    styles = {"ok": "green", "warning": "yellow", "problem": "red"}
-    problems = 0
-    for finding in examine(planned.cells, results, dry_run=dry_run):
-        problems += finding.level == "problem"
-        remedy = f": {finding.remedy}" if finding.remedy else ""
-        console.print(Text.assemble((f"{finding.level:8} ", styles[finding.level]), finding.what, remedy))
-    raise SystemExit(1 if problems else 0)
+    raise SystemExit(1 if _print_findings(console, examine(planned.cells, results, dry_run=dry_run)) else 0)
 
 
 @app.command()
@@ -433,6 +460,19 @@ def _console() -> Console:
 
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=WIDE if wide else None)
+
+
+def _print_findings(console: Console, findings: Iterable[Finding]) -> int:
+    """Print each as it comes; how many problems there are."""
+    from rich.text import Text
+
+    problems = 0
+    for finding in findings:
+        problems += finding.level == "problem"
+        style = {"ok": "green", "warning": "yellow", "problem": "red"}[finding.level]
+        remedy = f": {finding.remedy}" if finding.remedy else ""
+        console.print(Text.assemble((f"{finding.level:8} ", style), finding.what, remedy))
+    return problems
 
 
 def _planned(

@@ -1,80 +1,178 @@
-"""`ablate eval`: images and scores of finished cells, and of the base model, under the frozen protocol."""
+"""`ablate eval`: images and scores of trained cells, and of their base models, under the frozen protocol."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ablate.flow import diffusers_sigmas
 from ablate.plan import Cell
-from ablate.recipe import EvaluationRecipe, RewardSpec
+from ablate.recipe import RewardSpec, reward_terms
 from ablate.record import read_cell, write_atomic
-from ablate.source import InputError
+from ablate.source import FieldError, InputError, choices
+from runners.checkpoint import read_newest
 from runners.distributed import this_device
 from runners.evaluation import NUM_PICTURED, contact_sheet, generate, means
 from runners.export import WEIGHTS, load
 from runners.policy import SD3Policy
 from runners.prompts import load_prompts
-from runners.rewards import load_reward
+from runners.rewards import WeightedSum, load_reward
+from runners.scoring import Scorer
+
+PROTOCOL = {"split", "num_prompts", "num_steps", "guidance_scale", "seed"}  # of an evaluation: what images depend on
+Row = dict[str, object]
 
 
 def evaluate_cells(
-    results: Path, rewards: Sequence[str], guidance_scales: Sequence[float | None], ids: Sequence[str] = ()
-) -> Iterator[dict[str, object]]:
-    """One row per model, guidance scale and reward (by default the cell's own): the base, then cells with weights.
-
-    Writes evaluations/<id>.json and a picture of each into the results. A guidance scale of None is the recipe's.
-    Raises InputError where no cell has weights.
-    """
-    cells = [
-        read_cell(path.parent)
-        for path in sorted(results.glob("*/cell.json"))
-        if (path.parent / WEIGHTS).is_dir() and (not ids or path.parent.name in ids)
-    ]
-    if not cells:
-        raise InputError(f"{results}: no cell with exported weights{' among those asked for' if ids else ''}")
-    target = results / "evaluations"
-    target.mkdir(exist_ok=True)
-    bases: dict[str, SD3Policy] = {}
-    for cell in cells:
-        key = cell.recipe.model.model_dump_json()
-        new = key not in bases
-        if new:
-            bases[key] = SD3Policy(cell.recipe.model, this_device())
-        policy = bases[key]
-        if new:
-            yield from _evaluate("base", cell, policy, rewards, guidance_scales, target)
-        load(results / cell.id, policy)
-        yield from _evaluate(cell.id, cell, policy, rewards, guidance_scales, target)
-
-
-def _evaluate(
-    name: str,
-    cell: Cell,
-    policy: SD3Policy,
+    results: Path,
     rewards: Sequence[str],
     guidance_scales: Sequence[float | None],
-    target: Path,
-) -> Iterator[dict[str, object]]:
-    recipe = cell.recipe.evaluation
-    prompts = load_prompts(cell.recipe.prompts).fixed(recipe.split, recipe.num_prompts)
-    sigmas = diffusers_sigmas(recipe.num_steps, policy.shift)
-    for scale in guidance_scales:
-        chosen: EvaluationRecipe = recipe if scale is None else recipe.model_copy(update={"guidance_scale": scale})
-        images = generate(policy, prompts, range(len(prompts)), chosen, sigmas, cell.recipe.rollout.batch_size)
-        label = f"{name}-guidance-{chosen.guidance_scale:g}"
-        contact_sheet(images[:NUM_PICTURED]).save(target / f"{label}.png")
+    ids: Sequence[str] = (),
+    checkpoints: Sequence[Path] = (),
+) -> Iterator[Row]:
+    """One row per model, guidance scale and reward (by default the cell's own): a base, then the cells on it.
+
+    Cells are those with exported weights, or those of `ids` and of `checkpoints` (cells' folders, or files in their
+    checkpoint/) alone. A base is scored once for all cells that share model, prompts and protocol. Writes
+    evaluations/<model>-guidance-<scale>.json and a picture of each into the results. A guidance scale of None is the
+    recipe's. Raises InputError for unknown rewards and cells, and cells without weights or an intact checkpoint.
+    """
+    trained = [_checkpointed(path) for path in checkpoints]
+    if ids or not checkpoints:
+        trained = [*_exported(results, ids), *trained]
+    for name in rewards:
+        _check(name)
+    scoring = _Scoring(target=results / "evaluations", asked=rewards)
+    scoring.target.mkdir(parents=True, exist_ok=True)
+    for cells in _grouped(trained, lambda t: t.cell.recipe.model.model_dump_json()):
+        policy = SD3Policy(cells[0].cell.recipe.model, this_device())
+        for scale in guidance_scales:
+            for alike in _grouped([t.under(scale) for t in cells], lambda t: _base(t.cell)):
+                yield from scoring.base(policy, [t.cell for t in alike])
+                for one in alike:
+                    yield from scoring.rows(one.load(policy), one.cell, policy, scoring.wanted([one.cell]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """A cell with weights: exported into its folder, or in a checkpoint (the folder, or one of its files)."""
+
+    cell: Cell
+    folder: Path
+    checkpoint: Path | None = None
+
+    def under(self, guidance_scale: float | None) -> _Trained:
+        """The same with this guidance; None is the recipe's own."""
+        if guidance_scale is None:
+            return self
+        recipe = self.cell.recipe
+        evaluation = recipe.evaluation.model_copy(update={"guidance_scale": guidance_scale})
+        changed = recipe.model_copy(update={"evaluation": evaluation})
+        return replace(self, cell=self.cell.model_copy(update={"recipe": changed}))
+
+    def load(self, policy: SD3Policy) -> str:
+        """Make the weights that training would evaluate the current ones; what they are called."""
+        if self.checkpoint is None:
+            load(self.folder, policy)
+            return self.cell.id
+        state = read_newest(self.checkpoint, policy.device)
+        averaged = self.cell.recipe.evaluation.ema_decay and state["update"]
+        for p, kept in zip(policy.trainable, state["policy"]["average" if averaged else "current"], strict=True):
+            p.data.copy_(kept)
+        return f"{self.cell.id}-epoch-{state['epoch']}"
+
+
+def _exported(results: Path, ids: Sequence[str]) -> list[_Trained]:
+    """The finished cells of some results, or those of `ids`."""
+    folders = [path.parent for path in sorted(results.glob("*/cell.json")) if (path.parent / WEIGHTS).is_dir()]
+    if not folders:
+        raise InputError(f"{results}: no cell with exported weights; --checkpoint scores one that is not finished")
+    names = [folder.name for folder in folders]
+    if unknown := [name for name in ids if name not in names]:
+        raise InputError(f"--cell {unknown[0]}: no such cell with exported weights{choices(unknown[0], names)}")
+    return [_Trained(cell=read_cell(folder), folder=folder) for folder in folders if not ids or folder.name in ids]
+
+
+def _checkpointed(path: Path) -> _Trained:
+    folder = path.parent.parent if path.is_file() else path
+    return _Trained(cell=read_cell(folder), folder=folder, checkpoint=path)
+
+
+def _check(name: str) -> None:
+    try:
+        load_reward(name)
+    except FieldError as error:
+        raise InputError(f"--reward {name}: {error}") from None
+
+
+def _called(spec: RewardSpec) -> str:
+    """A name, or several with their weights."""
+    terms = reward_terms(spec)
+    if len(terms) == 1 and terms[0].weight == 1:
+        return terms[0].called
+    return " + ".join(f"{term.weight:g} {term.called}" for term in terms)
+
+
+def _grouped(trained: Sequence[_Trained], key: Callable[[_Trained], str]) -> list[list[_Trained]]:
+    """Those with equal keys together, in the order of their first."""
+    groups: dict[str, list[_Trained]] = {}
+    for one in trained:
+        groups.setdefault(key(one), []).append(one)
+    return list(groups.values())
+
+
+def _base(cell: Cell) -> str:
+    """The name of the files of a cell's base: equal for cells whose bases give the same images."""
+    recipe = cell.recipe
+    protocol = recipe.evaluation.model_dump(mode="json", include=PROTOCOL)
+    content = [recipe.model.model_dump(mode="json"), recipe.prompts.model_dump(mode="json"), protocol]
+    return f"base-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scoring:
+    """Scores images by rewards that are loaded once, and writes what it found."""
+
+    target: Path
+    asked: Sequence[str]  # rewards; none: each cell's own
+    loaded: dict[str, WeightedSum] = field(default_factory=dict)  # by what they are called
+
+    def wanted(self, cells: Sequence[Cell]) -> list[RewardSpec]:
+        """The rewards that these cells are scored by, each once."""
+        specs: list[RewardSpec] = [*self.asked] or [cell.recipe.reward for cell in cells]
+        return list({_called(spec): spec for spec in specs}.values())
+
+    def base(self, policy: SD3Policy, cells: Sequence[Cell]) -> Iterator[Row]:
+        """The rows of the base that these cells share."""
+        with policy.using("reference"):  # never refreshed here, so it is the model's own
+            yield from self.rows("base", cells[0], policy, self.wanted(cells))
+
+    def rows(self, model: str, cell: Cell, policy: SD3Policy, specs: Sequence[RewardSpec]) -> Iterator[Row]:
+        """Generate and score the held-out images of the weights in use: a row per reward, a file and a picture."""
+        recipe = cell.recipe.evaluation
+        prompts = load_prompts(cell.recipe.prompts).fixed(recipe.split, recipe.num_prompts)
+        sigmas = diffusers_sigmas(recipe.num_steps, policy.shift)
+        images = generate(policy, prompts, range(len(prompts)), recipe, sigmas, cell.recipe.rollout.batch_size)
+        label = f"{_base(cell) if model == 'base' else model}-guidance-{recipe.guidance_scale:g}"
+        contact_sheet(images[:NUM_PICTURED]).save(self.target / f"{label}.png")
         found: dict[str, Mapping[str, float]] = {}
-        wanted: list[RewardSpec] = [*rewards] or [cell.recipe.reward]
-        for reward in wanted:
-            values = means("eval", load_reward(reward)(images, prompts), prompts)
-            found[str(reward)] = {key.removeprefix("eval/"): value for key, value in values.items()}
-            yield {
-                "model": name,
-                "guidance": chosen.guidance_scale,
-                "reward": str(reward),
-                **{key: value for key, value in found[str(reward)].items() if "/" not in key},
-            }
-        content = {"model": name, "evaluation": chosen.model_dump(mode="json"), "rewards": found}
-        write_atomic(target / f"{label}.json", json.dumps(content, indent=1) + "\n")
+        for spec in specs:
+            called = _called(spec)
+            if called not in self.loaded:
+                self.loaded[called] = load_reward(spec)
+                self.loaded[called].load(str(policy.device))
+            scores = Scorer(self.loaded[called], cell.recipe.scoring.timeout)(images, prompts)
+            values = means("eval", scores, prompts)
+            found[called] = {key.removeprefix("eval/"): value for key, value in values.items()}
+            shown = {key: value for key, value in found[called].items() if "/" not in key}
+            yield {"model": model, "guidance": recipe.guidance_scale, "reward": called, **shown}
+        content = {
+            "model": model,
+            "base": _base(cell),
+            "evaluation": recipe.model_dump(mode="json"),
+            "rewards": found,
+        }
+        write_atomic(self.target / f"{label}.json", json.dumps(content, indent=1) + "\n")

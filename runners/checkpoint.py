@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from typing import Any
 import torch
 
 from ablate.record import Ledger
+from ablate.source import InputError
 from runners.policy import SD3Policy
+
+NEWEST_FIRST = ("state.pt", "before.pt")
 
 
 @dataclass(kw_only=True)
@@ -59,25 +63,45 @@ def restore(
     folder: Path, policy: SD3Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> Progress | None:
     """Continue from the newest intact checkpoint of a cell; None where there is none. Damaged ones are named."""
-    for path in (folder / "checkpoint" / "state.pt", folder / "checkpoint" / "before.pt"):
-        if not path.exists():
+    state = _intact([folder / "checkpoint" / name for name in NEWEST_FIRST], policy.device)
+    if state is None:
+        return None
+    policy.load_state(state["policy"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return Progress(
+        epoch=state["epoch"],
+        update=state["update"],
+        metrics_bytes=state["metrics_bytes"],
+        target_reached=state["target_reached"],
+        cost=Ledger(**state["cost"]),
+        pending=state["pending"],
+    )
+
+
+def read_newest(path: Path, device: torch.device) -> dict[str, Any]:
+    """What `save` wrote last: the newest intact checkpoint of a cell's folder, or the one in this file.
+
+    Damaged ones are named. Raises InputError where none is intact.
+    """
+    state = _intact([path] if path.is_file() else [path / "checkpoint" / name for name in NEWEST_FIRST], device)
+    if state is None:
+        rule = "a cell writes one every checkpoint_every epochs, and removes them when it is done"
+        raise InputError(f"{path}: no intact checkpoint; {rule}")
+    return state
+
+
+def _intact(files: Sequence[Path], device: torch.device) -> dict[str, Any] | None:
+    """The first of the files that can be read."""
+    for file in files:
+        if not file.exists():
             continue
         try:
-            state: dict[str, Any] = torch.load(path, map_location=policy.device, weights_only=True)
+            state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            print(f"{path} is damaged and left out ({type(error).__name__})", file=sys.stderr)
+            print(f"{file} is damaged and left out ({type(error).__name__})", file=sys.stderr)
             continue
-        policy.load_state(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        return Progress(
-            epoch=state["epoch"],
-            update=state["update"],
-            metrics_bytes=state["metrics_bytes"],
-            target_reached=state.get("target_reached", False),  # checkpoints of before have none
-            cost=Ledger(**state["cost"]),
-            pending=state["pending"],
-        )
+        return state
     return None
 
 

@@ -63,9 +63,14 @@ def model_path(path: str) -> str:
     return str(resources.files("runners.tiny") / "model") if path == "tiny" else path
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a model's path has the form of a hub id, owner/name."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path))
+
+
 def _model(path: str) -> str:
     folder = Path(model_path(path))
-    if not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+    if not folder.exists() and not is_hub_id(path):
         expected = "expected `tiny`, a folder written by save_pretrained, or a hub id like owner/name"
         raise FieldError("model.path", f"got {path!r}, {expected}{choices(path, ['tiny'])}")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"

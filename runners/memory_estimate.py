@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves
 from ablate.components import build
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
-from ablate.recipe import ModelRecipe
-from runners.embeddings import CLIP_TOKENS
+from ablate.recipe import ModelRecipe, Recipe
+from runners.embeddings import CLIP_TOKENS, MOST
 from runners.identity import model_path
 from runners.policy import ENCODERS, add_lora, attention, images_at_once
 
@@ -41,6 +41,7 @@ class Architecture:
     transformer: SD3Transformer2DModel
     autoencoder: AutoencoderKL
     num_encoder_parameters: int
+    num_clip_tokens: int = CLIP_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,10 @@ class MemoryEstimate:
     weights: int  # frozen: transformer and autoencoder
     encoders: int  # frozen: text encoders
     trained: int  # weights with their copies, gradients and the optimizer's moments
-    samples: int  # of an epoch: latents, embeddings and the probe
+    prompts: int  # embeddings that are kept for later epochs
+    samples: int  # of an epoch: latents, recorded steps and embeddings
+    joining: int  # the batches of a rollout into one: for a moment both are there
+    probe: int  # of an epoch, and what an update takes of it and of the embeddings
     rollout: int  # one batch of network calls
     update: int  # one micro-batch, forward and backward
     decode: int  # one batch of images
@@ -59,9 +63,14 @@ class MemoryEstimate:
     @property
     def peak(self) -> int:
         """The most that is there at once."""
-        at_work = self.samples + max(self.rollout, self.update, self.decode)
+        at_work = self.samples + self.work
         beside = max(self.encoders, at_work) if self.offloaded else self.encoders + at_work
-        return self.weights + self.trained + beside
+        return self.weights + self.trained + self.prompts + beside
+
+    @property
+    def work(self) -> int:
+        """The most beside the samples, of all that comes one after the other."""
+        return max(self.joining, self.rollout, self.decode, self.probe + self.update)
 
 
 def read_architecture(recipe: ModelRecipe) -> Architecture:
@@ -79,15 +88,17 @@ def read_architecture(recipe: ModelRecipe) -> Architecture:
     if not recipe.max_sequence_length:
         encoders = [name for name in encoders if name != "text_encoder_3"]
     with torch.device("meta"):
-        num_encoder_parameters = 0
+        num_encoder_parameters, num_clip_tokens = 0, CLIP_TOKENS
         for name in encoders:
             kind = getattr(transformers, index[name][1])
             encoder = kind(kind.config_class(**configuration(name)))
             num_encoder_parameters += sum(p.numel() for p in encoder.parameters())
+            num_clip_tokens = getattr(encoder.config, "max_position_embeddings", num_clip_tokens)
         return Architecture(
             transformer=SD3Transformer2DModel.from_config(configuration("transformer")),
             autoencoder=AutoencoderKL.from_config(configuration("vae")),
             num_encoder_parameters=num_encoder_parameters,
+            num_clip_tokens=num_clip_tokens,
         )
 
 
@@ -112,7 +123,7 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
     counted = model.model_copy(update={"attention": "auto"}) if model.attention in ("efficient", "cudnn") else model
     side = model.resolution // 2 ** (len(autoencoder.config.block_out_channels) - 1)
     latent = (network.config.in_channels, side, side)
-    tokens = (CLIP_TOKENS + model.max_sequence_length, network.config.joint_attention_dim)
+    tokens = (architecture.num_clip_tokens + model.max_sequence_length, network.config.joint_attention_dim)
 
     with FakeTensorMode():
         _give_storage(network)
@@ -145,11 +156,13 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
         update = call(recipe.update.micro_batch_size, recipe.update.guidance_scale, gradient=True)
         rollout = call(recipe.rollout.batch_size, recipe.rollout.guidance_scale)
     size = dtype.itemsize
+    embedding = size * (tokens[0] * tokens[1] + network.config.pooled_projection_dim)
     return MemoryEstimate(
         weights=size * frozen,
         encoders=size * architecture.num_encoder_parameters,
         trained=4 * COPIES * trained,
-        samples=_samples(cell, 4 * latent[0] * side * side, size * tokens[0] * tokens[1]) // num_devices,
+        prompts=embedding * _num_prompts(recipe),
+        **_samples(cell, 4 * latent[0] * side * side, embedding, num_devices),
         rollout=rollout,
         update=update,
         decode=decode,
@@ -157,15 +170,39 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
     )
 
 
-def _samples(cell: Cell, latent: int, embedding: int) -> int:
-    """Bytes of the samples of an epoch: x0 and embeddings, three latents per recorded step, two per point asked."""
-    rollout, estimator, sampler = cell.recipe.rollout, *(build(a, cell.components[a]) for a in COMPONENT_AXES[1:])
-    steps, num_scored = rollout.num_steps, sampler.num_scored(rollout.num_steps)
+def latents_per_sample(cell: Cell) -> tuple[int, int]:
+    """How many latents a rollout keeps of a sample (x0, three per recorded step), and its probe (two or three each)."""
+    estimator, sampler = (build(axis, cell.components[axis]) for axis in COMPONENT_AXES[1:])
+    steps = cell.recipe.rollout.num_steps
+    num_scored: int = sampler.num_scored(steps)
     points: int = estimator.num_points(cell.recipe.update.num_points, steps, num_scored)
-    scored: int = num_scored if "transitions" in estimator.needs else 0
+    scored = num_scored if "transitions" in estimator.needs else 0
     recorded = steps if "latents" in estimator.needs else 0
-    each = embedding + latent * (1 + 3 * scored + recorded + (3 if scored else 2) * points)
-    return rollout.num_groups * (rollout.candidates or rollout.group_size) * each
+    return 1 + 3 * scored + recorded, (3 if scored else 2) * points
+
+
+def _samples(cell: Cell, latent: int, embedding: int, num_devices: int) -> dict[str, int]:
+    """Bytes of the samples of an epoch, and of joining the batches that they come in, on each device."""
+    rollout, updates = cell.recipe.rollout, cell.recipe.update.updates_per_epoch
+    rolled, probed = (latent * number for number in latents_per_sample(cell))
+    chosen = rollout.num_groups * rollout.group_size
+    drawn = rollout.num_groups * (rollout.candidates or rollout.group_size)
+    parts = drawn * rolled if drawn > num_devices * rollout.batch_size else 0
+    kept = chosen * rolled if rollout.resample_rounds else 0  # of the rounds before
+    sizes = {
+        "samples": drawn * (embedding + rolled),
+        "joining": parts + kept,
+        "probe": chosen * probed + chosen // updates * (embedding + probed),
+    }
+    return {name: size // num_devices for name, size in sizes.items()}
+
+
+def _num_prompts(recipe: Recipe) -> int:
+    """Of how many prompts embeddings are kept in the end."""
+    rollout, epochs = recipe.rollout, recipe.budget.epochs
+    if epochs is None:
+        return MOST
+    return min(MOST, recipe.evaluation.num_prompts + epochs * (1 + rollout.resample_rounds) * rollout.num_groups)
 
 
 def _give_storage(module: nn.Module) -> None:

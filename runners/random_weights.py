@@ -1,30 +1,40 @@
-"""Stable Diffusion 3.5 Medium at its real size with random weights: what it costs, without downloading it.
+"""Stable Diffusion 3.5 at its real sizes with random weights: what it costs, without downloading it.
 
-The configuration is that of `stabilityai/stable-diffusion-3.5-medium`; prompt embeddings are random too.
+Numbers are those of `transformer/config.json` and `vae/config.json` of `stabilityai/stable-diffusion-3.5-medium` and
+`stabilityai/stable-diffusion-3.5-large`; both have one autoencoder and one scheduler. Prompt embeddings are random too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from ablate.recipe import ModelRecipe
-from runners.embeddings import CLIP_TOKENS, Conditioning
+from ablate.seeding import Streams, generator
+from ablate.source import InputError, choices
+from runners.embeddings import CLIP_TOKENS, Conditioning, Embeddings
 from runners.policy import SD3Policy
+
+HUB_IDS: Mapping[str, str] = {
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+}  # what `ablate bench --random-weights` calls the sizes, and where they are published
 
 
 def random_policy(recipe: ModelRecipe, device: torch.device) -> SD3Policy:
-    """A policy of the real architecture for a recipe; `model.path` is not looked at."""
+    """A policy of the size that `model.path` names, in the recipe's dtype. Raises InputError for any other model."""
+    build = transformer_of(recipe.path)
     dtype = getattr(torch, recipe.dtype)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # 2.2 billion parameters are never in float32
+    torch.set_default_dtype(dtype)  # billions of parameters are never in float32
     try:
         pipe = StableDiffusion3Pipeline(
-            transformer=medium_transformer(),
+            transformer=build(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=medium_autoencoder(),
+            vae=autoencoder(),
             text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
             text_encoder_3=None, tokenizer_3=None,
         )  # fmt: skip
@@ -34,27 +44,45 @@ def random_policy(recipe: ModelRecipe, device: torch.device) -> SD3Policy:
     policy = SD3Policy(recipe, device, pipe)
     config = policy.network.config
 
-    def embeddings(texts: Sequence[str]) -> Conditioning:
-        tokens = CLIP_TOKENS + recipe.max_sequence_length
+    def encode(texts: list[str]) -> Conditioning:
+        own = Streams(tuple(generator(0, "embedding", text) for text in texts), shared=generator(0))
+        tokens, like = CLIP_TOKENS + recipe.max_sequence_length, torch.empty((), dtype=dtype, device=device)
         return Conditioning(
-            torch.randn(len(texts), tokens, config.joint_attention_dim, dtype=dtype, device=device),
-            torch.randn(len(texts), config.pooled_projection_dim, dtype=dtype, device=device),
+            own.normal((tokens, config.joint_attention_dim), like), own.normal((config.pooled_projection_dim,), like)
         )
 
-    policy.encode = embeddings
+    policy.encode = Embeddings(encode, device, None)  # by text: all policies see a prompt under one embedding
     return policy
 
 
+def transformer_of(name: str) -> Callable[[], SD3Transformer2DModel]:
+    """What builds the transformer of `sd3.5-medium`, `sd3.5-large` or their hub ids. Raises InputError for others."""
+    if name not in HUB_IDS and name not in HUB_IDS.values():
+        allowed = [*HUB_IDS, *HUB_IDS.values()]
+        raise InputError(f"--random-weights: got model {name!r}, of no known size{choices(name, allowed)}")
+    return large_transformer if name.endswith("large") else medium_transformer
+
+
+_transformer = partial(
+    SD3Transformer2DModel, sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64,
+    joint_attention_dim=4096, pooled_projection_dim=2048, qk_norm="rms_norm",
+)  # fmt: skip
+
+
 def medium_transformer() -> SD3Transformer2DModel:
-    """24 blocks of width 1536, dual attention in the first 13, RMS-normalised queries and keys."""
-    return SD3Transformer2DModel(
-        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
-        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+    """24 blocks of width 1536, dual attention in the first 13: 2.24 billion parameters."""
+    return _transformer(
+        num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
     )  # fmt: skip
 
 
-def medium_autoencoder() -> AutoencoderKL:
+def large_transformer() -> SD3Transformer2DModel:
+    """38 blocks of width 2432 without dual attention: 8.06 billion parameters, and 90 million numbers of positions."""
+    return _transformer(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192)
+
+
+def autoencoder() -> AutoencoderKL:
     """Images to 16 channels at an eighth of the side."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,

@@ -1,15 +1,22 @@
-"""A pipeline with all of SD 3.5 Medium's structure and random weights of a few hundred kilobytes."""
+"""A pipeline with all of SD 3.5 Medium's structure and random weights of a few hundred kilobytes, and cells on it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
+from ablate.grid import load_grid
+from ablate.plan import Cell, make_plan
+from ablate.recipe import ModelRecipe
 from runners.tiny.architecture import tokenizer
 
+GRIDS = Path(__file__).parents[1] / "grids"
+ODE = "{objective: [epg], estimator: [elbo], sampler: [ode]}"
+SDE = "{objective: [grpo], estimator: [trajectory], sampler: [sde]}"
 SENTENCES = ["a red circle", "two blue squares", "a green triangle left of a red square"]
 
 
@@ -47,3 +54,28 @@ def write_pipeline(folder: Path) -> Path:
     )
     pipe.save_pretrained(folder)
     return folder
+
+
+def recipe(folder: Path, **fields: Any) -> ModelRecipe:
+    """A LoRA on the pipeline in this folder."""
+    given = {"path": str(folder), "lora_rank": 4, "max_sequence_length": 16, "resolution": 64}
+    return ModelRecipe.model_validate(given | fields)
+
+
+def cell(folder: Path, what: str, tmp_path: Path, **fields: Any) -> Cell:
+    """The first cell of these axes: two epochs of twelve images."""
+    (tmp_path / "g.yaml").write_text(
+        f"name: g\nrecipe: {GRIDS / 'recipes' / 'tiny-scenes.yaml'}\naxes: {what}\nseeds: [0]\n"
+        f"override: {{reward: jpeg, model: {recipe(folder, **fields).model_dump_json()}}}\n"
+    )
+    settings = {
+        "rollout.num_groups": 3,
+        "rollout.group_size": 4,
+        "rollout.num_steps": 4,
+        "update.updates_per_epoch": 1,
+        "update.micro_batch_size": 16,
+        "evaluation.num_prompts": 6,
+        "evaluation.num_steps": 2,
+        "budget.epochs": 2,
+    }
+    return make_plan(load_grid(tmp_path / "g.yaml", settings)).cells[0]

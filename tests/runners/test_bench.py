@@ -1,4 +1,4 @@
-"""The bench measures what the plan says; SD 3.5 Medium has its real size without a download."""
+"""The bench measures what the plan says; SD 3.5 has its real sizes without a download."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from sd35 import write_pipeline
 from typer.testing import CliRunner
 
@@ -14,8 +15,12 @@ from ablate.cli import app
 from ablate.grid import load_grid
 from ablate.passes import passes
 from ablate.plan import make_plan
+from ablate.recipe import ModelRecipe
+from ablate.source import InputError
 from runners import random_weights
 from runners.bench import bench
+from runners.bench_model import grid_of
+from runners.random_weights import random_policy
 
 GRIDS = Path(__file__).parents[2] / "grids"
 SMALL = {
@@ -45,33 +50,125 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     assert 1e7 < bench(cell, repeats=1).flops_per_call < 5e7
 
 
-def test_sd35_medium_has_its_published_size() -> None:
+@pytest.mark.parametrize(
+    ("build", "size", "dual", "width"),
+    [("medium_transformer", 2.243e9, 13, 1536), ("large_transformer", 8.057e9, 0, 2432)],
+)
+def test_sd35_has_its_published_sizes(build: str, size: float, dual: int, width: int) -> None:
     with torch.device("meta"):
-        transformer, autoencoder = random_weights.medium_transformer(), random_weights.medium_autoencoder()
-    assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(2.24e9, rel=0.01)
+        transformer, autoencoder = getattr(random_weights, build)(), random_weights.autoencoder()
+    assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(size, rel=0.001)
     assert sum(p.numel() for p in autoencoder.parameters()) == pytest.approx(84e6, rel=0.01)
-    dual = [block.attn2 is not None for block in transformer.transformer_blocks]
-    assert dual == [True] * 13 + [False] * 11
+    assert transformer.inner_dim == width
+    blocks = transformer.transformer_blocks
+    assert [block.attn2 is not None for block in blocks] == [True] * dual + [False] * (len(blocks) - dual)
+    assert len(blocks) * 64 == width if dual == 0 else len(blocks) == 24
 
 
-def test_a_bench_with_random_weights_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the command line, with the small pipeline's parts in place of the large ones."""
-    from diffusers import AutoencoderKL, SD3Transformer2DModel  # noqa: PLC0415
-
+@pytest.fixture
+def small_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of the small pipeline in place of the large ones."""
     folder = write_pipeline(tmp_path / "sd35")
     parts = {
         "medium_transformer": lambda: SD3Transformer2DModel.from_config(
             SD3Transformer2DModel.load_config(folder / "transformer")
         ),
-        "medium_autoencoder": lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
+        "large_transformer": lambda: SD3Transformer2DModel.from_config(
+            SD3Transformer2DModel.load_config(folder / "transformer"), num_layers=3
+        ),
+        "autoencoder": lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
     }
     for name, part in parts.items():
         monkeypatch.setattr(random_weights, name, part)
-    settings = SMALL | {"model.resolution": 64, "reward": "jpeg"}
-    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    given = ["bench", str(GRIDS / "full.yaml"), *options, "--only", "sampler=ode", "--random-weights", "--json"]
-    result = CliRunner().invoke(app, given)
+
+
+def options(**more: object) -> list[str]:
+    settings = SMALL | {"model.resolution": 64} | {key.replace("__", "."): value for key, value in more.items()}
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_bench_with_random_weights_loads_nothing() -> None:
+    given = ["bench", str(GRIDS / "full.yaml"), *options(reward="jpeg"), "--only", "sampler=ode"]
+    result = CliRunner().invoke(app, [*given, "--random-weights", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["images"] == 12
     assert found["forwards_per_image"] > 4
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_text_has_one_random_embedding() -> None:
+    recipe = ModelRecipe(path="sd3.5-medium", max_sequence_length=4)
+    first, second = (random_policy(recipe, torch.device("cpu")) for _ in range(2))
+    found, again = first.encode(["a", "b", "a"]), second.encode(["b"])
+    assert torch.equal(found.tokens[0], found.tokens[2])
+    assert torch.equal(found.tokens[1], again.tokens[0])
+    assert torch.equal(found.pooled[1], again.pooled[0])
+    assert (found.tokens[0] - found.tokens[1]).std() == pytest.approx(2**0.5, rel=0.1)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_guidance_with_random_weights_is_on_policy() -> None:
+    """Rollout and update must see the empty prompt under the same embedding; the loop stops where they do not."""
+    words = options(reward="jpeg", rollout__guidance_scale=4.5, update__guidance_scale=4.5)
+    given = ["bench", str(GRIDS / "full.yaml"), *words, "--only", "estimator=trajectory", "--only", "objective=grpo"]
+    result = CliRunner().invoke(app, [*given, "--random-weights"])
+    assert result.exit_code == 0, result.exception
+    assert "update efficiency" in result.stdout
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("model", ["sd3.5-medium", "stabilityai/stable-diffusion-3.5-large"])
+def test_a_size_is_measured_without_a_grid(model: str) -> None:
+    result = CliRunner().invoke(app, ["bench", model, *options(), "--random-weights"])
+    assert result.exit_code == 0, result.exception
+    assert "epg-elbo-adaptive-ode" in result.stdout
+    assert "Epoch of 12 images" in result.stdout
+
+
+def test_a_local_pipeline_is_measured_without_a_grid(tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "it's a pipeline")
+    result = CliRunner().invoke(app, ["bench", str(folder), *options(model__max_sequence_length=16), "--json"])
+    assert result.exit_code == 0, result.exception
+    found = json.loads(result.stdout)
+    assert found["images"] == 12
+    assert found["trained_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "given"),
+    [("tiny", "tiny-scenes", "tiny"), ("stabilityai/stable-diffusion-3.5-medium", "sd35-medium", "owner/any")],
+)
+def test_a_model_without_a_grid_has_the_geometry_of_the_recipe(model: str, recipe: str, given: str) -> None:
+    """All that an epoch's time depends on, but for the reward, as in grids/recipes/."""
+    with grid_of(given) as path:
+        own = make_plan(load_grid(path)).cells[0].recipe
+    kept = make_plan(load_grid(GRIDS / ("tiny.yaml" if recipe == "tiny-scenes" else "full.yaml"))).cells[0].recipe
+    assert own.model.path == given
+    assert own.model.model_copy(update={"path": model}) == kept.model
+    assert (own.rollout, own.kl, own.old_policy) == (kept.rollout, kept.kl, kept.old_policy)
+    for field in ("updates_per_epoch", "num_points", "group_probe", "guidance_scale", "micro_batch_size"):
+        assert getattr(own.update, field) == getattr(kept.update, field)
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "parts"),
+    [
+        ("grids/nothing.yaml", False, ["grids/nothing.yaml: no such file"]),
+        ("quickstart", False, ["neither a grid file nor a model", "`tiny`", "Allowed: tiny, sd3.5-medium"]),
+        ("grids/tinny", False, ["neither a grid file nor a model", "did you mean 'grids/tiny.yaml'?"]),
+        ("grids", False, ["a folder without model_index.json"]),
+        ("sd3.5-large", False, ["give --random-weights, or stabilityai/stable-diffusion-3.5-large"]),
+        ("sd3.5-huge", True, ["got model 'sd3.5-huge', of no known size", "did you mean 'sd3.5-large'?"]),
+        ("grids/quickstart.yaml", True, ["got model 'tiny', of no known size"]),
+    ],
+)
+def test_what_is_neither_grid_nor_model_is_one_error(
+    given: str, weights: bool, parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(GRIDS.parent)
+    result = CliRunner().invoke(app, ["bench", given, *(["--random-weights"] if weights else [])])
+    assert isinstance(result.exception, InputError)
+    for part in parts:
+        assert part in str(result.exception)

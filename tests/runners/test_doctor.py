@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sd35 import ODE, write_pipeline
+from sd35 import cell as sd35_cell
 from typer.testing import CliRunner
 
 from ablate.cli import app
 from ablate.grid import load_grid
 from ablate.plan import Cell, make_plan
-from runners import doctor
-from runners.doctor import examine, smallest
+from ablate.record import Record, Status
+from runners import doctor, dry_run, preflight, rewards
+from runners.doctor import examine
+from runners.dry_run import smallest
+from runners.memory_estimate import MemoryEstimate
+from runners.preflight import Finding, estimated, memory, with_fields
 
 GRIDS = Path(__file__).parents[2] / "grids"
 
@@ -23,14 +31,14 @@ def cells(name: str = "quickstart", **settings: Any) -> tuple[Cell, ...]:
     return make_plan(load_grid(GRIDS / f"{name}.yaml", given)).cells
 
 
-def levels(found: list[doctor.Finding]) -> dict[str, str]:
+def levels(found: list[Finding]) -> dict[str, str]:
     return {f"{finding.what}: {finding.remedy}": finding.level for finding in found}
 
 
 def test_nothing_stands_between_the_quickstart_and_its_first_cell(tmp_path: Path) -> None:
     found = list(examine(cells(), tmp_path))
     assert {finding.level for finding in found} == {"ok"}
-    assert any("rolled out, scored and updated once" in finding.what for finding in found)
+    assert any("two epochs of two images, evaluation, a restart and the export" in finding.what for finding in found)
     assert any("GiB for weights and checkpoints" in finding.what for finding in found)
 
 
@@ -40,6 +48,7 @@ def test_nothing_stands_between_the_quickstart_and_its_first_cell(tmp_path: Path
         ({"model__resolution": 33}, "problem", "model.resolution 33 is no multiple of 16: such as 32"),
         ({"model__resolution": 64}, "warning", "reward scenes looks for shapes of the embedded world, 32 pixels wide"),
         ({"evaluation__num_prompts": 5000}, "ok", "reward scenes-1"),
+        ({"reward": "jpeg"}, "ok", "reward jpeg"),
         ({"update__num_points": 500}, "warning", "update.num_points 500: elbo-adaptive and ode have 8"),
         ({"model__path": "nobody/nothing"}, "problem", "the hub cannot be reached"),
     ],
@@ -69,19 +78,171 @@ def test_fewer_prompts_than_asked_for_are_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_dry_run_that_fails_is_a_problem_with_its_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: object) -> None:
+@pytest.mark.parametrize("stage", ["evaluate", "train_epoch", "export", "load"])
+def test_a_dry_run_that_fails_is_a_problem_with_its_message(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(doctor, "train_epoch", broken)
-    found = list(examine(cells(), tmp_path))
-    problem = next(finding for finding in found if finding.level == "problem")
-    assert "OutOfMemoryError: too large" in problem.what
+    monkeypatch.setattr(dry_run, stage, broken)
+    found = doctor._dry_run(cells()[0])
+    assert found.level == "problem"
+    assert "OutOfMemoryError: too large" in found.what
+
+
+def test_a_dry_run_goes_on_from_its_own_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run.checkpoint, "save", lambda *_: None)
+    found = doctor._dry_run(cells()[0])
+    assert found.level == "problem"
+    assert "the checkpoint that was just saved is not found again" in found.what
+
+
+# devices, drivers, rewards
+
+
+@pytest.mark.parametrize(
+    ("answer", "available", "level", "part"),
+    [
+        ("550.54.15\n550.54.15\n", True, "ok", "NVIDIA driver 550.54.15; torch is built for CUDA 12.8"),
+        (
+            "470.1\n",
+            False,
+            "warning",
+            "driver 470.1; torch is built for CUDA 12.8, and sees no device: update the driver",
+        ),
+        (subprocess.TimeoutExpired("nvidia-smi", 10), True, "warning", "nvidia-smi does not answer (TimeoutExpired)"),
+        (FileNotFoundError(), False, None, ""),
+    ],
+)
+def test_the_driver_is_a_finding(
+    answer: object, available: bool, level: str | None, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], *, timeout: float, **_: object) -> SimpleNamespace:
+        assert command[0] == "nvidia-smi"
+        assert timeout <= 10
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(stdout=answer)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    found = levels(list(doctor._driver()))
+    assert list(found.values()) == ([level] if level else [])
+    assert all(part in text for text in found)
+
+
+def test_without_cuda_there_is_no_driver_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert list(doctor._driver()) == []
+
+
+def test_each_reward_and_each_member_of_a_panel_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        identity = "broken-1"
+
+        def __call__(self, *_: object) -> None:
+            raise ConnectionError("no server at port 18085")
+
+    class Undefined:
+        identity = "undefined-1"
+
+        def __call__(self, images: Any, prompts: Any) -> Any:
+            return SimpleNamespace(score=images.mean((1, 2, 3)) / 0)
+
+    monkeypatch.setattr(rewards, "REWARDS", {**rewards.REWARDS, "broken": Broken, "undefined": Undefined})
+    given = cells(reward={"jpeg": 1, "scenes": 2}, evaluation__panel=["background", "jpeg", "broken", "undefined"])
+    with pytest.warns(RuntimeWarning):
+        found = levels(list(doctor._rewards(given)))
+    assert [(text.split(":")[0], level) for text, level in found.items()] == [
+        ("reward jpeg-1 scores images", "ok"),
+        ("reward scenes-1 scores images", "ok"),
+        ("reward background-1 scores images", "ok"),
+        ("reward broken", "problem"),
+        ("reward undefined", "problem"),
+    ]
+    assert any("ConnectionError: no server at port 18085" in text for text in found)
+    assert any("scores [nan, nan] of blank images" in text for text in found)
+
+
+# memory
+
+
+def needed(cell: Cell, num_devices: int = 1) -> MemoryEstimate:
+    found = estimated(cell, num_devices)
+    assert isinstance(found, MemoryEstimate)
+    return found
+
+
+def test_several_devices_share_what_one_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples are shared between devices, weights and batches are not."""
+    fields = {"rollout.group_size": 4096, "rollout.batch_size": 1, "update.micro_batch_size": 1}
+    cell = with_fields(cells()[0], fields)
+    alone, together = needed(cell).peak, needed(cell, 4).peak
+    assert together < alone / 2
+    monkeypatch.setattr(preflight, "device_memory", lambda: (int(alone * 1.5), 5))
+    found = memory(cell)
+    assert (found.level, found.remedy) == ("ok", "")
+    assert f"{together / 2**30:.2g} GiB on each of 4 devices with --processes 4" in found.what
+    monkeypatch.setattr(preflight, "device_memory", lambda: (int(alone), 5))
+    found = memory(cell)
+    assert (found.level, found.remedy) == ("warning", "--processes 4 fits, with the same result")
+
+
+def test_the_batch_that_is_the_largest_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    for sizes, field in (((1024, 8), "rollout.batch_size"), ((8, 512), "update.micro_batch_size")):
+        given = {"rollout.batch_size": sizes[0], "update.micro_batch_size": sizes[1]}
+        cell = with_fields(cells()[0], given)
+        there = needed(with_fields(cell, {field: max(sizes) // 4})).peak / 0.92 + 1
+        monkeypatch.setattr(preflight, "device_memory", lambda there=there: (there, 1))
+        found = memory(cell)
+        assert (found.level, found.remedy) == ("warning", f"{field} {max(sizes) // 4} fits, with the same result")
+
+
+def test_where_no_batch_is_small_enough_the_model_must_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "device_memory", lambda: (2**20, 1))
+    found = memory(cells()[0])
+    assert (found.level, found.remedy.split(",")[0]) == ("problem", "model.gradient_checkpointing")
+
+
+# before a run
+
+
+def test_a_run_of_the_embedded_model_waits_for_no_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "estimated", None)
+    assert list(preflight.preflight(cells("tiny"), tmp_path)) == []
+
+
+def test_a_run_is_warned_of_memory_and_disk_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = sd35_cell(write_pipeline(tmp_path / "sd35"), ODE, tmp_path)
+    peak = needed(cell).peak
+    assert list(preflight.preflight([cell], tmp_path)) == []
+    monkeypatch.setattr(preflight, "device_memory", lambda: (2 * peak, 1))
+    assert list(preflight.preflight([cell], tmp_path)) == []
+    (found,) = preflight.preflight([cell], tmp_path, workers=2)
+    assert (found.level, found.remedy) == ("warning", "`ablate doctor` on this grid says what fits")
+    assert "for each of 2 cells" in found.what
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert [finding.level for finding in preflight.preflight([cell], tmp_path)] == ["problem"]
+    (tmp_path / cell.id).mkdir()
+    record = Record(id=cell.id, status=Status.DONE, seed=0)
+    (tmp_path / cell.id / "record.json").write_text(record.model_dump_json())
+    assert list(preflight.preflight([cell], tmp_path, workers=2)) == []
+
+
+def test_a_run_says_what_it_is_warned_of_and_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr("runners.sweep.run_cells", lambda *_, **__: [])
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    given = ["run", str(GRIDS / "quickstart.yaml"), "--results", str(tmp_path), "--no-tracking"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0
+    assert "problem  0." in result.stdout
+    assert "give --results another disk" in result.stdout
 
 
 def test_a_disk_that_is_too_small_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
     last = list(examine(cells(), tmp_path))[-1]
     assert (last.level, last.remedy) == ("problem", "give --results another disk, or set export_weights to false")
 

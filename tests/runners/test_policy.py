@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from sd35 import SENTENCES, write_pipeline
+from sd35 import ODE, SDE, SENTENCES, cell, recipe, write_pipeline
 
-from ablate.grid import load_grid
-from ablate.plan import Cell, make_plan
-from ablate.recipe import ModelRecipe
+from ablate.plan import Cell
 from ablate.record import Status, read_metrics
 from ablate.source import InputError
 from runners import train
-from runners.cell_evaluation import evaluate_cells
 from runners.export import load
 from runners.policy import SD3Policy
 from runners.run import set_up
@@ -30,33 +26,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pipeline(tmp_path_factory.mktemp("sd35"))
-
-
-def recipe(folder: Path, **fields: Any) -> ModelRecipe:
-    given = {"path": str(folder), "lora_rank": 4, "max_sequence_length": 16, "resolution": 64}
-    return ModelRecipe.model_validate(given | fields)
-
-
-def cell(folder: Path, what: str, tmp_path: Path, **fields: Any) -> Cell:
-    (tmp_path / "g.yaml").write_text(
-        f"name: g\nrecipe: {GRIDS / 'recipes' / 'tiny-scenes.yaml'}\naxes: {what}\nseeds: [0]\n"
-        f"override: {{reward: jpeg, model: {recipe(folder, **fields).model_dump_json()}}}\n"
-    )
-    settings = {
-        "rollout.num_groups": 3,
-        "rollout.group_size": 4,
-        "rollout.num_steps": 4,
-        "update.updates_per_epoch": 1,
-        "update.micro_batch_size": 16,
-        "evaluation.num_prompts": 6,
-        "evaluation.num_steps": 2,
-        "budget.epochs": 2,
-    }
-    return make_plan(load_grid(tmp_path / "g.yaml", settings)).cells[0]
-
-
-ODE = "{objective: [epg], estimator: [elbo], sampler: [ode]}"
-SDE = "{objective: [grpo], estimator: [trajectory], sampler: [sde]}"
 
 
 @pytest.mark.parametrize("what", [ODE, SDE])
@@ -193,23 +162,7 @@ def test_all_weights_are_exported_where_all_are_trained(folder: Path, tmp_path: 
         torch.testing.assert_close(a, b)
 
 
-def test_eval_scores_the_base_and_finished_cells(folder: Path, tmp_path: Path) -> None:
-    chosen, home = trained(folder, tmp_path)
-    rows = list(evaluate_cells(home.parent, ["jpeg", "scenes"], [None, 3.0]))
-    assert [(row["model"], row["guidance"], row["reward"]) for row in rows] == [
-        (model, scale, reward) for model in ("base", chosen.id) for scale in (1.0, 3.0) for reward in ("jpeg", "scenes")
-    ]
-    lines = read_metrics(home)
-    assert rows[0]["score"] == pytest.approx(lines[0]["eval/score"])
-    assert rows[4]["score"] == pytest.approx(lines[-1]["eval/score"])
-    written = json.loads((home.parent / "evaluations" / f"{chosen.id}-guidance-3.json").read_text())
-    assert written["evaluation"]["guidance_scale"] == 3
-    assert (home.parent / "evaluations" / "base-guidance-1.png").exists()
-
-
-def test_eval_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no cell with exported weights"):
-        list(evaluate_cells(tmp_path, ["jpeg"], [None]))
+def test_weights_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
     _, home = trained(folder, tmp_path)
     with pytest.raises(InputError, match="has no weights/"):
         load(tmp_path, SD3Policy(recipe(folder), CPU))

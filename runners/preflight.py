@@ -1,0 +1,172 @@
+"""What can be said of a grid's memory and disk before anything is loaded; `ablate doctor` and `ablate run` ask here.
+
+Torch-free until a model other than the embedded one is to be estimated.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ablate.forecast import disk_bytes
+from ablate.geometry import possible_devices
+from ablate.plan import Cell
+from ablate.record import read_record
+from ablate.source import set_path
+from runners.identity import model_path
+
+if TYPE_CHECKING:
+    from runners.memory_estimate import MemoryEstimate
+
+FREE = 0.92  # of a device's memory; the rest is its context, and holes between tensors
+EMBEDDED = "tiny"  # its cells take less than a gigabyte of memory
+ROLLOUT, UPDATE = "rollout.batch_size", "update.micro_batch_size"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: Literal["ok", "warning", "problem"]
+    what: str
+    remedy: str = ""
+
+
+def preflight(cells: Sequence[Cell], folder: Path, *, workers: int = 1, processes: int = 1) -> Iterator[Finding]:
+    """What speaks against starting these cells in a grid's folder: memory or disk that will not do."""
+    records = [(cell, read_record(folder / cell.id)) for cell in cells]
+    todo = [cell for cell, record in records if record is None or not record.status.final]
+    large = [cell for cell in todo if cell.recipe.model.path != EMBEDDED]
+    found = []
+    trained = _weights_file() if len(large) < len(todo) else 0
+    if large:
+        from runners.memory_estimate import COPIES  # noqa: PLC0415  (the embedded model does not wait for torch)
+
+        there, num_devices = device_memory()
+        for cell in alike_in_memory(large):
+            needed = estimated(cell, processes)
+            if isinstance(needed, Finding):
+                found.append(needed)
+                continue
+            trained = max(trained, needed.trained // COPIES)
+            shared = -(-workers * processes // num_devices)  # cells on one device
+            if shared * needed.peak >= FREE * there:
+                hint = "`ablate doctor` on this grid says what fits"
+                found.append(Finding("warning", _in_words(needed, there, shared), hint))
+    found.append(disk(todo, folder, trained, workers))
+    yield from (finding for finding in found if finding.level != "ok")
+
+
+def alike_in_memory(cells: Sequence[Cell]) -> list[Cell]:
+    """Of cells whose network calls take the same memory, the one that keeps most of an epoch."""
+    from runners.memory_estimate import latents_per_sample  # noqa: PLC0415
+
+    def kept(cell: Cell) -> int:
+        rollout = cell.recipe.rollout
+        return rollout.num_groups * (rollout.candidates or rollout.group_size) * sum(latents_per_sample(cell))
+
+    most: dict[str, Cell] = {}
+    for cell in cells:
+        recipe = cell.recipe
+        guided = (recipe.rollout.guidance_scale > 1, recipe.update.guidance_scale > 1)
+        key = str([recipe.model, recipe.rollout.batch_size, recipe.update.micro_batch_size, guided])
+        if key not in most or kept(cell) > kept(most[key]):
+            most[key] = cell
+    return list(most.values())
+
+
+def estimated(cell: Cell, num_devices: int = 1) -> MemoryEstimate | Finding:
+    """What each device needs where so many share the cell, or why that cannot be said."""
+    from runners.memory_estimate import estimate, read_architecture  # noqa: PLC0415
+
+    try:
+        return estimate(cell, read_architecture(cell.recipe.model), num_devices)
+    except OSError as error:
+        return Finding("warning", f"no estimate of memory: {error}", "it needs the model's configuration files")
+    except (ValueError, RuntimeError) as error:  # the network's own: a size it cannot have, a kernel that is not there
+        return Finding("problem", f"a call of the network: {error}", "change model.resolution or model.attention")
+
+
+def memory(cell: Cell) -> Finding:
+    """The most that the cell needs of one device, or of each of several, against what there is."""
+    there, num_devices = device_memory()
+    needed = estimated(cell)
+    if isinstance(needed, Finding):
+        return needed
+    limit = FREE * there
+    what, remedies = _in_words(needed, there), []
+    together = max(n for n in possible_devices(cell.recipe) if n <= num_devices)
+    if together > 1 and isinstance(each := estimated(cell, together), type(needed)):
+        what += f"; {each.peak / 2**30:.2g} GiB on each of {together} devices with --processes {together}"
+        remedies = [f"--processes {together} fits, with the same result"] if each.peak < limit else []
+    if needed.peak < limit:
+        return Finding("ok", what)
+    if sizes := batches_that_fit(cell, needed, limit):
+        given = " and ".join(f"{field} {size}" for field, size in sizes.items())
+        remedies.insert(0, f"{given} {'fits' if len(sizes) == 1 else 'fit'}, with the same result")
+    if remedies:
+        return Finding("warning", what, "; or ".join(remedies))
+    return Finding("problem", what, "model.gradient_checkpointing, model.offload_encoders or model.vae_tiling")
+
+
+def batches_that_fit(cell: Cell, needed: MemoryEstimate, limit: float) -> dict[str, int]:
+    """The batch sizes to change so that the cell stays below `limit` bytes, the larger halved first; or none."""
+    given = {ROLLOUT: cell.recipe.rollout.batch_size, UPDATE: cell.recipe.update.micro_batch_size}
+    sizes = dict(given)
+    while needed.peak >= limit:
+        work = {ROLLOUT: needed.rollout, UPDATE: needed.probe + needed.update}
+        largest = max(work, key=lambda field: work[field])
+        if sizes[largest] == 1 or work[largest] < needed.work:
+            return {}
+        sizes[largest] //= 2
+        smaller = estimated(with_fields(cell, sizes))
+        if isinstance(smaller, Finding):
+            return {}
+        needed = smaller
+    return {field: size for field, size in sizes.items() if size != given[field]}
+
+
+def with_fields(cell: Cell, fields: Mapping[str, object]) -> Cell:
+    """The cell with other values of recipe fields, by dotted path."""
+    data = cell.recipe.model_dump()
+    for path, value in fields.items():
+        data = set_path(data, path.split("."), value)
+    return cell.model_copy(update={"recipe": type(cell.recipe).model_validate(data)})
+
+
+def device_memory() -> tuple[int, int]:
+    """Bytes of a device, and how many devices there are; without a GPU, the machine's memory."""
+    import torch  # noqa: PLC0415
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 1
+
+
+def disk(cells: Sequence[Cell], results: Path, trained_bytes: int, workers: int = 1) -> Finding:
+    """Two checkpoints of each cell at work and the weights of finished ones, against what is free."""
+    home = next(p for p in [results.resolve(), *results.resolve().parents] if p.exists())
+    free = shutil.disk_usage(home).free
+    kept, at_work = disk_bytes(cells, trained_bytes)
+    needed = kept + min(workers, len(cells)) * at_work
+    text = f"{needed / 2**30:.2f} GiB for weights and checkpoints, {free / 2**30:.0f} GiB free at {home}"
+    if needed < 0.9 * free:
+        return Finding("ok", text)
+    return Finding("problem", text, "give --results another disk, or set export_weights to false")
+
+
+def _in_words(needed: MemoryEstimate, there: int, shared: int = 1) -> str:
+    names = ("weights", "encoders", "trained", "prompts", "samples", "work")
+    listed = ", ".join(f"{name} {getattr(needed, name) / 2**30:.2g}" for name in names)
+    of_each = f" for each of {shared} cells" if shared > 1 else ""
+    return f"memory: about {needed.peak / 2**30:.2g} GiB{of_each} of {there / 2**30:.0f} ({listed})"
+
+
+def _weights_file() -> int:
+    """Bytes of the embedded transformer, all of whose weights are trained at most."""
+    path = Path(model_path(EMBEDDED)) / "transformer" / "diffusion_pytorch_model.safetensors"
+    return path.stat().st_size
