@@ -17,7 +17,7 @@ from ablate.cli import app
 from ablate.grid import load_grid
 from ablate.plan import Cell, make_plan
 from ablate.record import Record, Status
-from runners import doctor, dry_run, preflight, rewards
+from runners import doctor, dry_run, preflight
 from runners.doctor import examine
 from runners.dry_run import smallest
 from runners.memory_estimate import MemoryEstimate
@@ -136,32 +136,18 @@ def test_without_cuda_there_is_no_driver_to_ask_for(monkeypatch: pytest.MonkeyPa
     assert list(doctor._driver()) == []
 
 
-def test_each_reward_and_each_member_of_a_panel_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        identity = "broken-1"
-
-        def __call__(self, *_: object) -> None:
-            raise ConnectionError("no server at port 18085")
-
-    class Undefined:
-        identity = "undefined-1"
-
-        def __call__(self, images: Any, prompts: Any) -> Any:
-            return SimpleNamespace(score=images.mean((1, 2, 3)) / 0)
-
-    monkeypatch.setattr(rewards, "REWARDS", {**rewards.REWARDS, "broken": Broken, "undefined": Undefined})
-    given = cells(reward={"jpeg": 1, "scenes": 2}, evaluation__panel=["background", "jpeg", "broken", "undefined"])
-    with pytest.warns(RuntimeWarning):
-        found = levels(list(doctor._rewards(given)))
-    assert [(text.split(":")[0], level) for text, level in found.items()] == [
-        ("reward jpeg-1 scores images", "ok"),
-        ("reward scenes-1 scores images", "ok"),
-        ("reward background-1 scores images", "ok"),
-        ("reward broken", "problem"),
-        ("reward undefined", "problem"),
+def test_each_reward_and_each_member_of_a_panel_is_a_finding() -> None:
+    panel = ["background", "jpeg", "own_rewards:raises", "own_rewards:undefined"]
+    found = levels(list(doctor._rewards(cells(reward={"jpeg": 1, "scenes": 2}, evaluation__panel=panel))))
+    assert [(text.split(": ")[0], level) for text, level in found.items()] == [
+        ("reward jpeg-1 passes its self-check", "ok"),
+        ("reward scenes-1 passes its self-check", "ok"),
+        ("reward background-1 passes its self-check", "ok"),
+        ("reward own_rewards:raises", "problem"),
+        ("reward own_rewards:undefined", "problem"),
     ]
     assert any("ConnectionError: no server at port 18085" in text for text in found)
-    assert any("scores [nan, nan] of blank images" in text for text in found)
+    assert any("expected 3 finite scores, got [nan nan nan]" in text for text in found)
 
 
 # memory
