@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -78,7 +79,8 @@ def collect(run: Run) -> Samples:
         if unequal:
             parts.append(drawn.groups(unequal, recipe.group_size))
     samples = _scored(parts[0] if len(parts) == 1 else _joined(parts))
-    return replace(samples, metrics={name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]})
+    names = dict.fromkeys(name for m in metrics for name in m)
+    return replace(samples, metrics={n: float(np.mean([m[n] for m in metrics if n in m])) for n in names})
 
 
 def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
@@ -87,11 +89,10 @@ def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
     size = recipe.candidates or recipe.group_size
     drawn = run.prompts.train(recipe.num_groups, np.random.default_rng(derive_seed(seed, "prompts", epoch, number)))
     prompts = [drawn[group] for group in groups for _ in range(size)]
-    indices = [group * size + i for group in groups for i in range(size)]
     images: list[Images] = []
 
     def watch(rows: slice, part: Rollout) -> None:
-        if rows.start == 0:  # of a first or another attempt
+        if rows.start == 0:  # of a first attempt, or another one
             images.clear()
             run.scorer.begin()
         images.append(run.policy.decode(part.x0))
@@ -99,6 +100,7 @@ def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
 
     with run.booked("rollout"):
         conditioning = run.policy.encode([p.text for p in prompts])
+        indices = [group * size + i for group in groups for i in range(size)]
         rollout = roll_out(run, conditioning, indices, number, watch)
     with run.booked("reward"):
         scores = run.scorer.finish()
@@ -106,20 +108,20 @@ def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
         keep_unscored(run.folder, np.concatenate(images), prompts, scores, f"epoch-{epoch}-{number}-{run.world.rank}")
         unscored = np.array(scores.missing.reshape(len(groups), size).any(1))
         run.check_missing(scores, unscored)
-        samples = Samples(
-            rollout=rollout,
-            conditioning=conditioning,
-            rewards=torch.from_numpy(scores.score[:, None] if scores.terms is None else scores.terms),
-            weights=scores.weights,
-            group=torch.tensor(groups).repeat_interleave(size),
-            metrics={},
-        )
-        shares = {
-            "rollout/informative_groups": len(_unequal(samples)) / len(groups),
-            "rollout/missing_groups": float(unscored.mean()),
-        }
-        metrics = run.world.mean(means("rollout", scores) | shares)
-    return replace(samples, metrics=metrics)
+    samples = Samples(
+        rollout=rollout,
+        conditioning=conditioning,
+        rewards=torch.from_numpy(scores.score[:, None] if scores.terms is None else scores.terms),
+        weights=scores.weights,
+        group=torch.tensor(groups).repeat_interleave(size),
+        metrics={},
+    )
+    metrics = {
+        **{name: value for name, value in means("rollout", scores).items() if math.isfinite(value)},
+        "rollout/informative_groups": len(_unequal(samples)) / len(groups),
+        "rollout/missing_groups": float(unscored.mean()),
+    }
+    return replace(samples, metrics=run.world.mean(metrics))
 
 
 @torch.no_grad()

@@ -48,13 +48,13 @@ class World:
         return torch.cat(parts), slice(start, start + len(rows))
 
     def mean(self, values: Mapping[str, float], share: float | None = None) -> dict[str, float]:
-        """The mean over processes, value by value, each with its share of the whole (by default an equal one).
-
-        Processes with a share of 0 may have no values.
-        """
+        """The mean over the processes that have a value, each with its share of the whole (by default an equal one)."""
         every = self.everyone((dict(values), 1 / self.size if share is None else share))
-        names = next((of_one for of_one, part in every if part), {})
-        return {name: float(sum(part * of_one[name] for of_one, part in every if part)) for name in names}
+        names = dict.fromkeys(name for of_one, part in every if part for name in of_one)
+        there = {name: [(of_one[name], part) for of_one, part in every if part and name in of_one] for name in names}
+        return {
+            name: float(sum(v * part for v, part in vs) / sum(part for _, part in vs)) for name, vs in there.items()
+        }
 
     def average_gradients(self, parameters: Sequence[Tensor], share: float) -> None:
         """Replace every gradient by its mean over the processes, each with its share of the whole."""
