@@ -50,6 +50,7 @@ def evaluate(run: Run) -> dict[str, float]:
         run.check_missing(own_scores, own_scores.missing)
         scores, _ = run.everyones(own_scores)
         found = means("eval", scores, prompts) | measure_panel(run, images, asked)
+        run.put_rewards_away()
     target = run.recipe.budget.target
     run.progress.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target
     pictures = np.concatenate(world.everyone(images[: np.searchsorted(own, NUM_PICTURED)]))
@@ -88,8 +89,11 @@ def keep_pictures(run: Run, images: NDArray[np.uint8], prompts: Sequence[Prompt]
     (run.folder / "samples").mkdir(exist_ok=True)
     picture = "after" if run.progress.epoch else "before"
     contact_sheet(images).save(run.folder / "samples" / f"{picture}.png")
-    pictured = zip(prompts[: len(images)], scores.score, scores.reasons, strict=False)
-    lines = [json.dumps({"prompt": p.text, "score": float(score), "reason": why}) + "\n" for p, score, why in pictured]
+    said = [
+        {"prompt": prompts[i].text, "score": None if scores.missing[i] else float(score), "reason": scores.reason(i)}
+        for i, score in enumerate(scores.score[: len(images)])
+    ]
+    lines = [json.dumps(line) + "\n" for line in said]
     write_atomic(run.folder / "samples" / f"{picture}.jsonl", "".join(lines))
 
 

@@ -61,8 +61,10 @@ class Run:
     objective: Any = field(init=False)
     estimator: Any = field(init=False)
     sampler: Any = field(init=False)
+    _rewards_before: dict[str, float] = field(init=False)  # seconds of each reward, of the attempts before
 
     def __post_init__(self) -> None:
+        self._rewards_before = self.progress.cost.rewards
         self.objective, self.estimator, self.sampler = (build(a, self.cell.components[a]) for a in COMPONENT_AXES)
 
     @property
@@ -99,6 +101,7 @@ class Run:
             self.wait()
             compiling = compile_seconds() - compiled
             self.spend(**{phase: time.perf_counter() - start - compiling, "compile": compiling})
+            self._book_rewards()
             if self.world.main:
                 write_ledger(self.folder, self.progress.cost)
 
@@ -112,13 +115,12 @@ class Run:
         cost, devices = self.progress.cost, self.world.size
         self.progress.cost = cost.model_copy(update={k: getattr(cost, k) + devices * v for k, v in amounts.items()})
 
-    def book_rewards(self) -> None:
-        """Add what each reward has worked since the last time to the ledger, wherever it worked."""
-        rewards = dict(self.progress.cost.rewards)
+    def _book_rewards(self) -> None:
+        """What each reward has worked, wherever it worked."""
+        rewards = dict(self._rewards_before)
         for every in (self.reward, *(measure for measure, _ in self.panel.values())):
             for name, seconds in every.seconds.items():
                 rewards[name] = rewards.get(name, 0.0) + self.world.size * seconds
-                every.seconds[name] = 0.0
         self.progress.cost = self.progress.cost.model_copy(update={"rewards": rewards})
 
     def fetch_rewards(self) -> None:

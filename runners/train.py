@@ -46,7 +46,7 @@ def train_cell(folder: Path) -> Record:
     writes = world.main
     try:
         with stop_requests(at_once=2) as interrupted:
-            identities = rewards_of(cell.recipe)[0].identities
+            identities = {name: reward.identity for name, reward in rewards_of(cell.recipe)[0].rewards.items()}
             run = set_up(folder, cell, world=world)
             progress, identities = run.progress, run.identities
             status = Status.DONE if _train(run, interrupted) else Status.INTERRUPTED
@@ -117,10 +117,8 @@ def _train(run: Run, interrupted: list[float]) -> bool:
             progress.pending = metrics
         else:
             run.log(metrics)
-        if (
-            stop or due or progress.epoch % recipe.checkpoint_every == 0
-        ):  # an evaluation may take longer than a stop may
-            _save(run)
+        if stop or due or progress.epoch % recipe.checkpoint_every == 0:
+            _save(run)  # before an evaluation too, which may take longer than a stop may
         if stop:
             return False
         if due:

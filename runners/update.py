@@ -134,11 +134,10 @@ def _descend(run: Run) -> dict[str, float]:
 
 def _check_on_policy(run: Run, metrics: dict[str, float]) -> None:
     """Where rollout and update ask the same policy about the same steps, its likelihood ratio must be 1."""
-    estimator = run.estimator
-    ratio = metrics.get("log_ratio_abs", 0.0)
-    per_dimension = getattr(estimator, "unit", "dimension") == "dimension" and estimator.pool != "sum"
-    expected = "transitions" in estimator.needs and not run.recipe.rollout.truncate_timesteps
-    if expected and per_dimension and ratio > MAX_ON_POLICY_LOG_RATIO:
+    ratio = metrics.get("on_policy_log_ratio", 0.0)
+    if getattr(run.estimator, "unit", "dimension") == "nats":
+        ratio /= math.prod(run.policy.latent_shape)
+    if ratio > MAX_ON_POLICY_LOG_RATIO and not run.recipe.rollout.truncate_timesteps:
         raise RuntimeError(
             f"on-policy, the log-ratio of the trajectory is {ratio:.1e} per dimension, above "
             f"{MAX_ON_POLICY_LOG_RATIO:.0e}: the update does not see what the rollout saw (dtype, guidance, dropout?)"
