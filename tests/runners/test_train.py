@@ -263,7 +263,7 @@ def test_a_target_that_was_reached_before_a_kill_is_not_trained_on(
     evaluation = cell.recipe.evaluation.model_copy(update={"every": 2})
     folder = folder_of(cell, tmp_path, budget=budget, evaluation=evaluation, checkpoint_every=1)
     monkeypatch.setattr(evaluation_module, "means", lambda *_: {"eval/score": measured[-1]})
-    monkeypatch.setattr(train, "train_epoch", lambda _: measured.append(0.6) or {})
+    monkeypatch.setattr(train, "train_epoch", lambda _: measured.append(0.6) or {"train/loss": 0.0})
     measured = [0.4]
 
     def killed(*_: object) -> None:
