@@ -19,6 +19,7 @@ from ablate.record import Status, read_metrics
 from ablate.source import FieldError
 from runners import train
 from runners.collect import Samples, collect
+from runners.evaluation import evaluate
 from runners.prompts import Prompt
 from runners.rewards import RewardOutput, RewardUnavailable, load_reward
 from runners.rewards.protocol import fixed_inputs
@@ -188,8 +189,11 @@ def test_groups_without_a_score_are_left_out_and_counted(name: str, tmp_path: Pa
 class OneCircle:
     """Six prompts, the third with a circle."""
 
+    def __init__(self, circles=(2,)) -> None:
+        self.circles = circles
+
     def train(self, num_prompts, generator):
-        return [Prompt(text="a circle" if i == 2 else f"a square {i}") for i in range(num_prompts)]
+        return [Prompt(text="a circle" if i in self.circles else f"a square {i}") for i in range(num_prompts)]
 
     def fixed(self, split, num_prompts):
         return self.train(num_prompts, None)
@@ -282,6 +286,32 @@ def test_impossible_rewards_are_refused(spec: object, message: str) -> None:
     recipe = Recipe.model_validate({"reward": spec, "budget": {"epochs": 1}})
     with pytest.raises(FieldError, match=message):
         load_reward(recipe.reward)
+
+
+def test_a_panel_that_fails_is_missing_and_ends_nothing(tmp_path: Path) -> None:
+    panel = ["own_rewards:brightness", "own_rewards:raises_at_circles"]
+    run = set_up(tmp_path, cell("scenes", **{"evaluation.panel": panel}))
+    run.prompts = OneCircle()
+    some = evaluate(run)
+    (line,) = (tmp_path / "unscored" / "panel-own_rewards-raises_at_circles-0-0.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"] == "a circle"
+    run.prompts = OneCircle(circles=range(6))
+    none = evaluate(run)
+    brightness, circles = ("own_rewards:brightness", "own_rewards:raises_at_circles")
+    for found, missing in ((some, 1 / 6), (none, 1)):
+        assert found[f"eval/panel_missing/{circles}"] == pytest.approx(missing)
+        assert f"eval/panel_missing/{brightness}" not in found
+        assert np.isfinite(found[f"eval/panel/{brightness}"])
+    assert some[f"eval/panel/{circles}"] == pytest.approx(some[f"eval/panel/{brightness}"], rel=0.5)
+    assert np.isnan(none[f"eval/panel/{circles}"])
+
+
+def test_a_reward_with_another_number_of_scores_is_an_error_with_its_name() -> None:
+    reward = load_reward({"own_rewards:brightness": 1.0, "own_rewards:of_five": 0.5})
+    output = score(reward, IMAGES, PROMPTS)
+    assert output.missing.all()
+    assert output.reasons[0] == "own_rewards:of_five: ValueError: got scores of shape (5,) for 2 images"
+    assert all(seconds > 0 for seconds in reward.seconds.values())  # that of the failure too
 
 
 def test_equal_terms_are_one_instance() -> None:
