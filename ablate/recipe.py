@@ -104,6 +104,8 @@ class PromptsRecipe(Strict):
     """`scenes`, `geneval`, `ocr`, or a file: GenEval's *.jsonl or one prompt per line."""
     evaluation: str | None = None
     """A file of prompts that are never trained on; null for the built-in sources' own."""
+    mix: Literal["released", "equal"] = "released"
+    """How often `geneval` trains on each of its families: as Flow-GRPO does, or equally on all but single objects."""
 
 
 class RolloutRecipe(Strict):
@@ -213,8 +215,8 @@ class UpdateRecipe(Strict):
 
 
 class EvaluationRecipe(Strict):
-    split: Literal["development", "evaluation"] = "evaluation"
-    """Choose recipes on `development`; report `evaluation`."""
+    split: Literal["development", "evaluation", "all"] = "evaluation"
+    """Choose recipes on `development`; report `evaluation`. `all` of a benchmark's file, where nothing is chosen on it."""
     num_prompts: Count = 600
     panel: tuple[str | RewardTerm, ...] = ()
     """Rewards that are measured on the held-out images and never trained on; reports look there for reward hacking."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from importlib import resources
 from pathlib import Path
 
 from ablate.recipe import PromptsRecipe, Recipe, RewardSpec
 from ablate.source import FieldError, InputError, choices
+from runners.digest import file_digest
 from runners.prompts import BUILT_IN, load_prompts, read_prompts
 from runners.rewards import RewardUnavailable, load_reward
 
@@ -54,7 +54,7 @@ def _prompts(recipe: PromptsRecipe) -> dict[str, str]:
         except InputError as error:
             builtin = f"; built in: {', '.join(BUILT_IN)}" if part == "train" and not Path(file).exists() else ""
             raise FieldError(f"prompts.{part}", f"{error}{builtin}") from None
-        hashes[f"prompts.{part}"] = _digest(Path(file))
+        hashes[f"prompts.{part}"] = file_digest(Path(file))
     return hashes
 
 
@@ -76,8 +76,4 @@ def _model(path: str) -> str:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     if not weights.exists():  # on the hub, where the recipe's revision identifies it
         return path
-    return _digest(weights)
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return file_digest(weights)

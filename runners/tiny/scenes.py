@@ -117,7 +117,7 @@ class ScenePrompts:
         return [family[generator.integers(len(family))] for family in families]
 
     def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
-        families = [self._splits[split][tag] for tag in FAMILIES]
+        families = [of_split[tag] for of_split in map(self._splits.get, halves(split)) for tag in FAMILIES]
         return [families[i % 6][(i // 6) % len(families[i % 6])] for i in range(num_prompts)]
 
 
