@@ -101,7 +101,8 @@ class ModelRecipe(Strict):
 
 class PromptsRecipe(Strict):
     train: str = "scenes"
-    """`scenes`, `geneval`, `ocr`, or a file: GenEval's *.jsonl or one prompt per line."""
+    """`scenes`, `geneval` (families mixed as Flow-GRPO does), `geneval:equal`, `ocr`, or a file: GenEval's *.jsonl or
+    one prompt per line."""
     evaluation: str | None = None
     """A file of prompts that are never trained on; null for the built-in sources' own."""
 
@@ -213,8 +214,8 @@ class UpdateRecipe(Strict):
 
 
 class EvaluationRecipe(Strict):
-    split: Literal["development", "evaluation"] = "evaluation"
-    """Choose recipes on `development`; report `evaluation`."""
+    split: Literal["development", "evaluation", "all"] = "evaluation"
+    """Choose recipes on `development`, report `evaluation`; `all` is both, for where nothing is chosen."""
     num_prompts: Count = 600
     panel: tuple[str | RewardTerm, ...] = ()
     """Rewards that are measured on the held-out images and never trained on; reports look there for reward hacking."""

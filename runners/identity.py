@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from importlib import resources
 from pathlib import Path
 
 from ablate.recipe import PromptsRecipe, Recipe, RewardSpec
 from ablate.source import FieldError, InputError, choices
+from runners.digest import file_digest
 from runners.prompts import BUILT_IN, load_prompts, read_prompts
 from runners.rewards import RewardUnavailable, load_reward
 
@@ -20,16 +20,21 @@ def identify(recipe: Recipe) -> dict[str, str]:
     """
     panel = recipe.evaluation.panel
     return {
-        "reward": _reward(recipe.reward, "reward"),
-        **({"panel": _reward(panel, "evaluation.panel")} if panel else {}),
+        "reward": _reward(recipe, recipe.reward, "reward"),
+        **({"panel": _reward(recipe, panel, "evaluation.panel")} if panel else {}),
         "model": _model(recipe.model.path),
         **_prompts(recipe.prompts),
     }
 
 
-def _reward(spec: RewardSpec, field: str) -> str:
+def _reward(recipe: Recipe, spec: RewardSpec, field: str) -> str:
+    reward, limit = load_reward(spec, field), recipe.scoring.timeout
+    for name, each in reward.rewards.items():
+        if each.patience is not None and each.patience >= limit:
+            patience = f"expected more than {each.patience:g}, the max_seconds of {name}, which ends by itself then"
+            raise FieldError("scoring.timeout", f"got {limit:g}, {patience}")
     try:
-        return load_reward(spec, field).identity
+        return reward.identity
     except RewardUnavailable as error:  # a folder that is named and has no weights in it
         raise FieldError(field, str(error)) from None
 
@@ -54,7 +59,7 @@ def _prompts(recipe: PromptsRecipe) -> dict[str, str]:
         except InputError as error:
             builtin = f"; built in: {', '.join(BUILT_IN)}" if part == "train" and not Path(file).exists() else ""
             raise FieldError(f"prompts.{part}", f"{error}{builtin}") from None
-        hashes[f"prompts.{part}"] = _digest(Path(file))
+        hashes[f"prompts.{part}"] = file_digest(Path(file))
     return hashes
 
 
@@ -76,8 +81,4 @@ def _model(path: str) -> str:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     if not weights.exists():  # on the hub, where the recipe's revision identifies it
         return path
-    return _digest(weights)
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return file_digest(weights)

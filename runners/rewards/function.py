@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from runners.digest import file_digest
 from runners.prompts import Prompt
 from runners.rewards.protocol import About, Images, Reward, RewardOutput
 
@@ -43,7 +43,7 @@ class FunctionReward(Reward):
         except TypeError as error:
             raise ValueError(f"{self.name}(images, prompts, ...): {error}") from None
         file = inspect.getsourcefile(module)
-        self._digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else "built-in"
+        self._digest = file_digest(Path(file)) if file else "built-in"
 
     @property
     def identity(self) -> str:
