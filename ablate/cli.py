@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ablate.plugins import allow_plugins, trust
+from ablate.secrets import redacted
 from ablate.source import InputError, choices, counted
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print(error, file=sys.stderr)
+        print(redacted(str(error)), file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -175,7 +176,8 @@ def run(
             folder, planned.cells, console=console, workers=workers, processes=processes, device_hours=budget
         )
     except KeyboardInterrupt:
-        console.print(f"Stopped. Nothing is lost; continue with: ablate run {shlex.join(sys.argv[2:])}", soft_wrap=True)
+        again = redacted(shlex.join(sys.argv[2:]))
+        console.print(f"Stopped. Nothing is lost; continue with: ablate run {again}", soft_wrap=True)
         raise SystemExit(130) from None
     finally:
         if mirror:

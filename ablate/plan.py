@@ -7,9 +7,12 @@ import hashlib
 import itertools
 import json
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ablate.compatibility import impossible
 from ablate.components import Component, resolve, short_label, unique_labels
@@ -20,13 +23,15 @@ from ablate.source import FieldError, InputError, Location
 
 FORMAT = 1  # of the files in results/; a change in meaning raises it
 
+FolderName = Annotated[str, Field(pattern=r"^\w[^/\\\x00-\x1f]{0,199}$")]  # of one folder, and no path to another
+
 
 class Cell(Strict):
     """A resolved cell: all that its result depends on. Written to cell.json."""
 
     format: int = FORMAT
-    id: str
-    grid: str
+    id: FolderName
+    grid: FolderName
     objective: str
     estimator: str
     sampler: str
@@ -192,6 +197,7 @@ def _cell(grid: str, c: _Combination, labels: dict[str, str], seed: int) -> Cell
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     readable = "-".join(short_label(axis, c.components[axis]) for axis in COMPONENT_AXES)
+    readable = re.sub(r"[^\w.+=-]", "_", readable)[:150]  # a parameter of one's own class may be any text
     return Cell(
         id=f"{readable}-s{seed}-{digest}",
         grid=grid,

@@ -17,12 +17,13 @@ import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ConfigDict, ValidationError
 
-from ablate.plan import FORMAT, Cell
+from ablate.plan import FORMAT, Cell, Excluded, FolderName
 from ablate.recipe import Strict
+from ablate.secrets import redacted
 from ablate.source import InputError, dotted, read_text, shown
 
 M = TypeVar("M", bound=Strict)
@@ -112,7 +113,7 @@ class Record(Strict):
     format: int = FORMAT
     id: str
     status: Status
-    message: str = ""
+    message: Annotated[str, AfterValidator(redacted)] = ""
     seed: int
     attempts: int = 1
     epochs: int = 0
@@ -120,6 +121,29 @@ class Record(Strict):
     metrics: dict[str, float] = {}
     rewards: dict[str, str] = {}  # what each reward was: its identity, and a digest of the weights that were loaded
     provenance: Provenance | None = None
+
+
+class PlannedCell(Strict):
+    """What plan.json says of a cell."""
+
+    model_config = ConfigDict(extra="ignore")
+    id: FolderName
+    objective: str
+    estimator: str
+    sampler: str
+    seed: int
+    axes: dict[str, Any] = {}
+
+
+class PlanFile(Strict):
+    """plan.json in a grid's results."""
+
+    model_config = ConfigDict(extra="ignore")
+    grid: FolderName
+    order: dict[str, tuple[str, ...]] = {}
+    listed: bool = False
+    cells: tuple[PlannedCell, ...]
+    excluded: tuple[Excluded, ...] = ()
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -135,6 +159,11 @@ def read_record(folder: Path) -> Record | None:
     if not path.exists():
         return None
     return _validated(Record, path)
+
+
+def read_plan(results: Path) -> PlanFile:
+    """The plan of results/<grid>/. Raises InputError if there is none, or one of another version."""
+    return _validated(PlanFile, results / "plan.json")
 
 
 def read_cell(folder: Path) -> Cell:

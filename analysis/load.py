@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ablate.lock import is_locked
-from ablate.plan import Cell, Excluded
-from ablate.record import Ledger, Record, Status, read_json, read_metrics, read_record
+from ablate.plan import Excluded
+from ablate.record import Ledger, PlannedCell, Record, Status, read_cell, read_metrics, read_plan, read_record
 from ablate.source import InputError, as_yaml, choices
 
 KEYS = ["objective", "estimator", "sampler", "axes"]  # together they are a configuration; a seed makes it a cell
@@ -47,37 +46,12 @@ class Results:
     strays: tuple[str, ...]  # folders of cells that the plan does not hold
 
 
-class _Planned(BaseModel):
-    """What a report needs of a cell in plan.json."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-    id: str
-    objective: str
-    estimator: str
-    sampler: str
-    seed: int
-    axes: dict[str, Any] = {}
-
-
-class _PlanFile(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-    grid: str
-    order: dict[str, tuple[str, ...]] = {}
-    listed: bool = False
-    cells: tuple[_Planned, ...]
-    excluded: tuple[Excluded, ...] = ()
-
-
 def load(folder: Path) -> Results:
     """Read results/<grid>/. Raises InputError for a folder that is not results, and for files of another format."""
     path = folder / "plan.json"
     if not path.exists():
         raise InputError(f"{folder}: not a results folder, it has no plan.json{_nearby(folder)}")
-    data = read_json(path)
-    try:
-        plan = _PlanFile.model_validate(data)
-    except ValidationError as error:
-        raise _damaged(path, error) from None
+    plan = read_plan(folder)
     planned = {cell.id for cell in plan.cells}
     fields = tuple(dict.fromkeys(field for cell in plan.cells for field in cell.axes))
     names = _short_names(plan.cells) if plan.listed else {cell.id: " · ".join(_parts(cell)) for cell in plan.cells}
@@ -111,12 +85,12 @@ def values(results: Results, axis: str) -> list[str]:
     return sorted(present, key=lambda value: listed.index(value) if value in listed else len(listed))
 
 
-def _parts(planned: _Planned) -> list[str]:
+def _parts(planned: PlannedCell) -> list[str]:
     axes = axes_label(planned.axes)
     return [planned.objective, planned.estimator, planned.sampler, *([axes] if axes else [])]
 
 
-def _short_names(cells: Sequence[_Planned]) -> dict[str, str]:
+def _short_names(cells: Sequence[PlannedCell]) -> dict[str, str]:
     """Names of single combinations by cell id: the recipe, or else the components, and what else tells them apart."""
     told = ["recipe"] if "recipe" in cells[0].axes else KEYS[:3]
     described = {
@@ -135,12 +109,9 @@ def _short_names(cells: Sequence[_Planned]) -> dict[str, str]:
     return names
 
 
-def _cell(planned: _Planned, name: str, folder: Path) -> dict[str, Any]:
-    try:
-        record = read_record(folder)
-        spec = Cell.model_validate(read_json(folder / "cell.json")) if (folder / "cell.json").exists() else None
-    except ValidationError as error:
-        raise _damaged(folder, error) from None
+def _cell(planned: PlannedCell, name: str, folder: Path) -> dict[str, Any]:
+    record = read_record(folder)
+    spec = read_cell(folder) if (folder / "cell.json").exists() else None
     for found in (record, spec):
         if found is not None and found.id != planned.id:
             raise InputError(f"{folder}: holds the cell {found.id!r}; was the folder renamed or copied?")
@@ -196,11 +167,6 @@ def _metrics(cell: str, folder: Path) -> list[dict[str, Any]]:
 
 def _excluded(excluded: Excluded) -> dict[str, str]:
     return {**excluded.model_dump(include={*KEYS[:3], "reason"}), "axes": axes_label(excluded.axes)}
-
-
-def _damaged(path: Path, error: ValidationError) -> InputError:
-    problem = error.errors()[0]
-    return InputError(f"{path}: cannot be read: {'.'.join(map(str, problem['loc']))}: {problem['msg']}")
 
 
 def _nearby(folder: Path) -> str:

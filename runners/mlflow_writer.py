@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ablate.plan import Cell
 from ablate.probe_rows import FOLDER as PROBE
-from ablate.record import Record, Status, read_json, read_record
+from ablate.record import Record, Status, read_cell, read_plan, read_record
+from ablate.secrets import without_secrets
 from ablate.source import InputError
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ class Writer:
         for name in ("plan.json", "grid.yaml"):
             if not (results / name).is_file():
                 raise InputError(f"{results}: not a results folder, it has no {name}")
-        plan = read_json(results / "plan.json")
-        self.results, self.grid = results, str(plan["grid"])
-        self.cells = [str(cell["id"]) for cell in plan["cells"]]
+        plan = read_plan(results)
+        self.results, self.grid = results, plan.grid
+        self.cells = [cell.id for cell in plan.cells]
         self.grid_sha = hashlib.sha256((results / "grid.yaml").read_bytes()).hexdigest()[:12]
         self.client = _client(uri)
         # two results folders of one grid can share a server under two names; a server has its own place for artifacts
@@ -140,7 +141,7 @@ class Writer:
             self.client.delete_run(run.id)
             run = self._create(id, starts[0], kind="cell", cell=id)
             run.changed(files)
-        self._write_params(run, Cell.model_validate(read_json(cell)))
+        self._write_params(run, read_cell(folder))
         num_points = self._write_lines(run, lines)
         self._write_artifacts(run, folder / "samples")
         ended = read_record(folder)
@@ -217,7 +218,8 @@ class Writer:
         """A folder, if the run does not hold it as it is."""
         contents = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in _files(folder)))
         if _files(folder) and run.tags.get(f"ablate.{folder.name}") != contents.hexdigest():
-            self.client.log_artifacts(run.id, str(folder), folder.name)
+            for file in _files(folder):  # and not the folder, which may hold links to files elsewhere
+                self.client.log_artifact(run.id, str(file), str(file.parent.relative_to(folder.parent)))
             self._tag(run, {f"ablate.{folder.name}": contents.hexdigest()})
 
     def _tag(self, run: _Run, tags: dict[str, str]) -> None:
@@ -233,7 +235,9 @@ def cell_params(cell: Cell) -> dict[str, str]:
     """A resolved cell as flat params: the axes under their own names, then `components.objective.clip_range`, ..."""
     axes = {"objective": cell.objective, "estimator": cell.estimator, "sampler": cell.sampler, "seed": cell.seed}
     rest = cell.model_dump(mode="json", include={"components", "recipe", "versions"})
-    return dict(pair for key, value in {**axes, **cell.axes, **rest}.items() for pair in _flat(key, value))
+    # a cell.json need not come from a grid, where secrets are refused
+    values = {key: without_secrets(key, value) for key, value in {**axes, **cell.axes, **rest}.items()}
+    return dict(pair for key, value in values.items() for pair in _flat(key, value))
 
 
 def _flat(path: str, value: object) -> Iterator[tuple[str, str]]:
@@ -285,7 +289,9 @@ def _client(uri: str) -> MlflowClient:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    """The files below a folder, none of which is a link: it may lead out of the results."""
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return sorted(path for path in found if path.resolve() == folder.parent.resolve() / path.relative_to(folder.parent))
 
 
 def is_server(uri: str) -> bool:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shlex
 import threading
 from pathlib import Path
 from urllib.parse import quote
 
+from ablate.secrets import redacted
 from ablate.source import InputError
 from runners.mlflow_writer import SyncSummary, Writer, is_server
 
@@ -27,14 +27,14 @@ def default_uri(results: Path) -> str:
 def server_command(results: Path, uri: str | None = None) -> str:
     """The command that shows a database on http://127.0.0.1:5000."""
     artifacts = results.resolve().parent / "mlartifacts"
-    words = ["mlflow", "server", "--backend-store-uri", uri or default_uri(results)]
+    words = ["mlflow", "server", "--backend-store-uri", redacted(uri or default_uri(results))]
     words += ["--artifacts-destination", str(artifacts), "--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
     return shlex.join(words)
 
 
 def compare_link(uri_or_host: str, experiment_id: str, run_ids: list[str]) -> str:
     """The page that compares runs, on the tracking server, or for a database on the server of `server_command`."""
-    host = _without_password(uri_or_host).rstrip("/") if is_server(uri_or_host) else "http://127.0.0.1:5000"
+    host = redacted(uri_or_host).replace("***@", "").rstrip("/") if is_server(uri_or_host) else "http://127.0.0.1:5000"
     runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (run_ids, [experiment_id]))
     return f"{host}/#/compare-runs?runs={runs}&experiments={experiments}"
 
@@ -47,7 +47,7 @@ def sync(results: Path, uri: str | None = None) -> SyncSummary:
     except InputError:
         raise
     except Exception as error:  # of MLflow, its database or its server, or a damaged file
-        raise InputError(f"{results}: cannot be mirrored to {_without_password(uri)}: {_problem(error)}") from error
+        raise InputError(f"{results}: cannot be mirrored to {redacted(uri)}: {_problem(error)}") from error
 
 
 class Mirror:
@@ -95,14 +95,10 @@ class Mirror:
 
     def _warn(self, problem: str) -> None:
         if not self._warned:
-            where, again = _without_password(self.uri), f"ablate sync {shlex.quote(str(self.results))}"
+            where, again = redacted(self.uri), f"ablate sync {shlex.quote(str(self.results))}"
             logger.warning("MLflow at %s is behind: %s. Training goes on; `%s` catches up.", where, problem, again)
         self._warned = True
 
 
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^@/]*@", "//", uri)
-
-
 def _problem(error: Exception) -> str:
-    return _without_password((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])
