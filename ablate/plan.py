@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from ablate.source import FieldError, InputError, Location
 
 FORMAT = 1  # of the files in results/; a change in meaning raises it
 
+MOST_CELLS = 100_000
 FolderName = Annotated[str, Field(pattern=r"^\w[^/\\\x00-\x1f]{0,199}$")]  # of one folder, and no path to another
 
 
@@ -142,6 +144,10 @@ class _Combination:
 
 def _combinations(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]]) -> Iterator[_Combination]:
     """The product of each part. Where parts differ in recipe or field, all show theirs."""
+    for part in grid.parts:
+        number = math.prod(map(len, part.axes.values())) * len(grid.file.seeds)
+        if number > MOST_CELLS:
+            raise grid.source.error(part.place, f"stands for {number} cells, expected at most {MOST_CELLS}")
     recipes = {part.recipe_name for part in grid.parts}
     fields = list(dict.fromkeys(field for part in grid.parts for field in part.recipe_axes))
     for part in grid.parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +91,8 @@ def _parts(planned: PlannedCell) -> list[str]:
 
 def _short_names(cells: Sequence[PlannedCell]) -> dict[str, str]:
     """Names of single combinations by cell id: the recipe, or else the components, and what else tells them apart."""
+    if not cells:
+        return {}
     told = ["recipe"] if "recipe" in cells[0].axes else KEYS[:3]
     described = {
         cell.id: {
@@ -159,8 +160,6 @@ def _metrics(cell: str, folder: Path) -> list[dict[str, Any]]:
             for name, value in line.items()
             if "/" in name and isinstance(value, int | float)
         ]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: a line is not JSON: {error}") from None
     except KeyError as error:
         raise InputError(f"{path}: a line has no {error}") from None
 

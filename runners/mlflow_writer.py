@@ -23,7 +23,7 @@ from ablate.plan import Cell
 from ablate.probe_rows import FOLDER as PROBE
 from ablate.record import Record, Status, read_cell, read_plan, read_record
 from ablate.secrets import without_secrets
-from ablate.source import InputError
+from ablate.source import InputError, parse_json, shown, text_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 METRICS_PER_BATCH, PARAMS_PER_BATCH, VALUE_LENGTH = 1000, 100, 500  # what every MLflow server accepts
 RUN_STATUS = {Status.DONE: "FINISHED", Status.DIVERGED: "FINISHED", Status.INTERRUPTED: "KILLED"}  # others: FAILED
 FILES = ("cell.json", "metrics.jsonl", "attempts.jsonl", "record.json")
+LATEST = 2**40  # seconds since 1970 that MLflow's columns can hold
 REPORT = "report"  # folder of figures, and the name of their run
 PROBED = ("snr", "total_snr", "cosine", "effective_points", "largest_share", "calls", "seconds")  # by points
 
@@ -132,7 +133,7 @@ class Writer:
         folder = self.results / id
         cell, metrics, attempts, record = (folder / name for name in FILES)
         files = [cell, metrics, attempts, record, *_files(folder / "samples")]
-        starts = [json.loads(line)["started"] for line in _lines(attempts)] or [cell.stat().st_mtime]
+        starts = read_starts(folder) or [cell.stat().st_mtime]
         run = self.runs.get(id) or self._create(id, starts[0], kind="cell", cell=id)
         if not run.changed(files):
             return 0
@@ -267,6 +268,18 @@ def _batches(items: list[T], size: int) -> Iterator[list[T]]:
 
 def _claim(lines: list[bytes]) -> str:
     return f"{len(lines)} {hashlib.sha256(b''.join(lines)).hexdigest()}"
+
+
+def read_starts(folder: Path) -> list[float]:
+    """When a cell was started, in seconds since 1970. Raises InputError with file and line."""
+    path = folder / "attempts.jsonl"
+    starts = []
+    for number, line in enumerate(_lines(path), start=1):
+        started = parse_json(text_of(line, path, number), str(path), first=number).get("started")
+        if type(started) not in (int, float) or not 0 <= started < LATEST:
+            raise InputError(f"{path}:{number}: started: got {shown(started)}, expected seconds since 1970")
+        starts.append(float(started))
+    return starts
 
 
 def _lines(path: Path) -> list[bytes]:

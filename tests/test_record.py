@@ -82,7 +82,7 @@ def test_metrics_without_their_torn_last_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "part"), [("{", "a line is not JSON: line 2"), ("5", ":2: got 5, expected a JSON object")]
+    ("line", "part"), [("{", ":2: cannot be read as JSON"), ("5", ":2: got 5, expected a JSON object")]
 )
 def test_other_damage_in_metrics_is_an_error(tmp_path: Path, line: str, part: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{{"epoch": 0}}\n{line}\n{{"epoch": 2}}\n')

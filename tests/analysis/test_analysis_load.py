@@ -98,7 +98,7 @@ def test_another_format_is_refused(write: Writer, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", '{"epoch": 0, "upd{"epoch": 1}\n', "metrics.jsonl: a line is not JSON"),
+        ("metrics.jsonl", '{"epoch": 0, "upd{"epoch": 1}\n', "metrics.jsonl:1: cannot be read as JSON"),
         ("metrics.jsonl", '{"epoch": 0, "eval/score": 1}\n', "a line has no 'device_hours'"),
         ("record.json", '{"format": 1, "id": "x", "status": "fine", "seed": 0}', "status: Input should be"),
         ("record.json", '{"format": 1, "id": "x", "status": "done", "seed": 0}', "holds the cell 'x'"),
