@@ -50,8 +50,11 @@ def choices(word: str, allowed: Iterable[str], listed: Iterable[str] | None = No
 
 def shown(value: object) -> str:
     """A value as the user wrote it, on one line."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _short(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
+
+
+def _short(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def counted(number: int, noun: str) -> str:
@@ -88,7 +91,8 @@ class Source:
         except InputError:
             raise
         except Exception as error:  # of ruamel, at a value that its tag or form does not allow: 2026-13-45, !!int x
-            raise InputError(f"{name}:1: not valid YAML: a value cannot be read: {_one_line(error)}") from None
+            line = _unreadable(yaml, self._root)
+            raise InputError(f"{name}:{line}: not valid YAML: a value cannot be read: {_one_line(error)}") from None
         if not isinstance(self.data, dict):
             got = "an empty file" if self.data is None else shown(self.data)
             raise InputError(f"{name}:1: got {got}, expected a mapping of keys to values")
@@ -150,7 +154,7 @@ class Source:
 
 def dotted(location: Location) -> str:
     """A place in a document as people write it: axes.objective.0."""
-    return ".".join(map(str, location))
+    return ".".join(_short(str(step)) for step in location)
 
 
 def read_text(path: Path) -> str:
@@ -192,7 +196,19 @@ def parse_json(text: str, where: str, *, first: int = 1) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return _short(" ".join(str(error).split()), 200) or type(error).__name__
+
+
+def _unreadable(yaml: YAML, node: Node | None) -> int:
+    """The line of the first single value that its tag or form does not allow; 1 where there is none."""
+    if isinstance(node, SequenceNode | MappingNode):
+        parts = node.value if isinstance(node, SequenceNode) else [part for pair in node.value for part in pair]
+        return next((line for part in parts if (line := _unreadable(yaml, part)) > 1), 1)
+    try:
+        yaml.constructor.construct_object(node)
+    except Exception:
+        return int(node.start_mark.line) + 1 if node else 1
+    return 1
 
 
 def _marked(error: MarkedYAMLError) -> str:
@@ -203,7 +219,7 @@ def _marked(error: MarkedYAMLError) -> str:
         problem = f"{error.context}, {problem}"
     elif mark and error.context_mark and error.context_mark.line != mark.line:
         problem += f" {error.context} that starts in line {error.context_mark.line + 1}"
-    return f"{mark.line + 1 if mark else 1}: not valid YAML: {' '.join(problem.split())}"
+    return f"{mark.line + 1 if mark else 1}: not valid YAML: {_short(' '.join(problem.split()), 300)}"
 
 
 def _child(node: Node | None, step: int | str) -> tuple[Node, Node] | None:
