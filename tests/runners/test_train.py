@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,7 +243,7 @@ def test_components_round_trip_through_cell_json() -> None:
 
 
 def test_checkpoints_of_nothing_are_none(tmp_path: Path) -> None:
-    assert checkpoint.restore(tmp_path, None, None, None) is None
+    assert checkpoint.restore(tmp_path, SimpleNamespace(device="cpu"), None, None) is None
 
 
 def test_a_target_ends_the_cell(tmp_path: Path) -> None:
