@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ablate.json_lines import line_of
 from ablate.part import COMPONENT_AXES
 from ablate.passes import Passes, passes
 from ablate.plan import FORMAT, Cell, Plan
@@ -36,14 +37,16 @@ class Speed:
 
 def read_bench(path: Path) -> Speed:
     """The result of `ablate bench --json`. Raises InputError where it is none."""
+    text = read_text(path)
     try:
-        found = parse_json(read_text(path), str(path))
+        found = parse_json(text, str(path))
         return TypeAdapter(Speed).validate_python({field.name: found[field.name] for field in fields(Speed)})
     except KeyError as missing:
-        raise InputError(f"{path}: not the result of `ablate bench GRID --json`: it has no {missing}") from None
+        raise InputError(f"{path}:1: not the result of `ablate bench GRID --json`: it has no {missing}") from None
     except ValidationError as error:
         problem = error.errors()[0]
-        where = f"{path}: not the result of `ablate bench GRID --json`: {dotted(problem['loc'])}"
+        line = line_of(text, problem["loc"])
+        where = f"{path}:{line}: not the result of `ablate bench GRID --json`: {dotted(problem['loc'])}"
         raise InputError(f"{where}: got {shown(problem['input'])}: {problem['msg']}") from None
 
 

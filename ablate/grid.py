@@ -72,7 +72,7 @@ class Grid:
 def _check(file: GridFile, source: Source) -> None:
     """What the types cannot say. Raises InputError at the line."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", file.name):
-        allowed = "at most 100 letters, digits, '_', '-' and '.', the first a letter or digit, as it names a folder"
+        allowed = "letters, digits, '_', '-' and '.', at most 100, the first a letter or digit, as it names a folder"
         raise source.error(("name",), f"got {shown(file.name)}. Allowed: {allowed}")
     if bool(file.axes) == bool(file.cells):
         got = "both" if file.axes else "neither"

@@ -22,6 +22,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, ValidationError, field_validator
 
+from ablate.json_lines import line_of
 from ablate.plan import FORMAT, Cell, Excluded, FolderName
 from ablate.recipe import Strict, recipe_fields
 from ablate.secrets import redacted
@@ -207,32 +208,36 @@ def read_spent(folder: Path) -> Ledger:
         record = read_record(folder)
     if record and record.status.final:
         return record.cost
-    last = (read_metrics(folder) or [{}])[-1]
+    lines = read_metrics(folder)
     try:
-        return Ledger.of_line(last)
+        return Ledger.of_line(lines[-1] if lines else {})
     except ValidationError as error:
-        raise InputError(
-            f"{folder / 'metrics.jsonl'}: its last line has no ledger: {error.errors()[0]['msg']}"
-        ) from None
+        where = f"{folder / 'metrics.jsonl'}:{len(lines)}"
+        raise InputError(f"{where}: the last line has no ledger: {error.errors()[0]['msg']}") from None
 
 
 def _validated(model: type[M], path: Path) -> M:
-    data = read_json(path)
+    text = read_text(path)
     try:
-        return model.model_validate(data)
+        return model.model_validate(_of_this_format(text, path))
     except ValidationError as error:
         problem = error.errors()[0]
-        where = f"{path}: cannot be read: {dotted(problem['loc'])}"
+        where = f"{path}:{line_of(text, problem['loc'])}: cannot be read: {dotted(problem['loc'])}"
         raise InputError(f"{where}: {problem['msg']}, got {shown(problem['input'])}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of results/. Raises InputError if it is damaged or of another format version."""
-    data = parse_json(read_text(path), str(path))
+    return _of_this_format(read_text(path), path)
+
+
+def _of_this_format(text: str, path: Path) -> dict[str, Any]:
+    data = parse_json(text, str(path))
     found = data.get("format")
     if found != FORMAT:
+        where = f"{path}:{line_of(text, ('format',))}"
         raise InputError(
-            f"{path}: results of format {shown(found)}, this version of ablate reads format {FORMAT}; "
+            f"{where}: results of format {shown(found)}, this version of ablate reads format {FORMAT}; "
             "choose another folder with --results, or read it with the version that wrote it"
         )
     return data

@@ -76,6 +76,7 @@ class Source:
         if len(text) > LONGEST:
             raise InputError(f"{name}:1: got {len(text)} characters, expected at most {LONGEST}")
         yaml = YAML(typ="safe", pure=True)
+        yaml.composer.warn_double_anchors = False  # the last one counts, as YAML says
         try:
             self._root: Node | None = yaml.compose(StringIO(text))
             self._check(self._root, ())

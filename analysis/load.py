@@ -9,10 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+from ablate.json_lines import line_of
 from ablate.lock import is_locked
 from ablate.plan import Excluded
 from ablate.record import Ledger, PlannedCell, Record, Status, read_cell, read_metrics, read_plan, read_record
-from ablate.source import InputError, as_yaml, choices
+from ablate.source import InputError, as_yaml, choices, read_text
 
 KEYS = ["objective", "estimator", "sampler", "axes"]  # together they are a configuration; a seed makes it a cell
 FINISHED = (Status.DONE.value, Status.DIVERGED.value)  # statuses whose last evaluation is the cell's result
@@ -113,9 +114,11 @@ def _short_names(cells: Sequence[PlannedCell]) -> dict[str, str]:
 def _cell(planned: PlannedCell, name: str, folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     spec = read_cell(folder) if (folder / "cell.json").exists() else None
-    for found in (record, spec):
+    for file, found in (("record.json", record), ("cell.json", spec)):
         if found is not None and found.id != planned.id:
-            raise InputError(f"{folder}: holds the cell {found.id!r}; was the folder renamed or copied?")
+            path = folder / file
+            where = f"{path}:{line_of(read_text(path), ('id',))}"
+            raise InputError(f"{where}: is of the cell {found.id!r}; was the folder renamed or copied?")
     return {
         **dict(zip(KEYS, [*_parts(planned)[:3], axes_label(planned.axes)], strict=True)),
         **{field: str(value) for field, value in planned.axes.items()},
@@ -146,22 +149,19 @@ def _ending(record: Record | None, folder: Path) -> dict[str, Any]:
 
 def _metrics(cell: str, folder: Path) -> list[dict[str, Any]]:
     """Rows of a cell. A resumed cell writes epochs again: an epoch replaces all that was written from it on."""
-    path = folder / "metrics.jsonl"
-    try:
-        lines = read_metrics(folder)
-        kept: list[dict[str, Any]] = []
-        for line in lines:
-            while kept and kept[-1]["epoch"] >= line["epoch"]:
-                kept.pop()
-            kept.append(line)
-        return [
-            {"id": cell, **{key: line[key] for key in _METRICS[1:4]}, "metric": name, "value": float(value)}
-            for line in kept
-            for name, value in line.items()
-            if "/" in name and isinstance(value, int | float)
-        ]
-    except KeyError as error:
-        raise InputError(f"{path}: a line has no {error}") from None
+    kept: list[dict[str, Any]] = []
+    for number, line in enumerate(read_metrics(folder), start=1):
+        if missing := [key for key in _METRICS[1:4] if key not in line]:
+            raise InputError(f"{folder / 'metrics.jsonl'}:{number}: has no {missing[0]!r}")
+        while kept and kept[-1]["epoch"] >= line["epoch"]:
+            kept.pop()
+        kept.append(line)
+    return [
+        {"id": cell, **{key: line[key] for key in _METRICS[1:4]}, "metric": name, "value": float(value)}
+        for line in kept
+        for name, value in line.items()
+        if "/" in name and isinstance(value, int | float)
+    ]
 
 
 def _excluded(excluded: Excluded) -> dict[str, str]:

@@ -193,7 +193,7 @@ def attack(name: str, home: Path, number: int) -> None:
                 kind.read(home)
         except InputError as error:
             for line in str(error).splitlines():
-                assert re.match(rf"{re.escape(str(home))}/[^:]*(:\d+)?: \S", line), line
+                assert re.match(rf"{re.escape(str(home))}/[^:]*:\d+: \S", line), line
                 assert len(line) < 3000
 
     try:
