@@ -309,11 +309,14 @@ def probe(
     _plugins: Plugins = False,
 ) -> None:
     """Measure what a grid's estimators are worth before any training: gradient variance, bias, cost of a signal."""
+    from contextlib import suppress
+
     from analysis.probe import write_probe
     from runners.hub import check_model
     from runners.probe import probe as measure
     from runners.probe_tasks import Settings as ProbeSettings
     from runners.sweep import freeze
+    from runners.tracking import Mirrored
     from runners.tracking import sync as synchronise
 
     numbers = _numbers("--points", points, "1,2,5,10")
@@ -328,7 +331,8 @@ def probe(
     for path in write_probe(target):
         typer.echo(path)
     if tracking:
-        synchronise(folder, tracking_uri)
+        with suppress(Mirrored):  # who mirrors the grid sends the probe too
+            synchronise(folder, tracking_uri)
 
 
 @app.command()

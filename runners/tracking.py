@@ -5,13 +5,16 @@ The files are the truth, so a killed writer or a deleted database loses nothing:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+from ablate.lock import lock
 from ablate.secrets import redacted
 from ablate.source import InputError
 from runners.mlflow_writer import SyncSummary, Writer, is_server
@@ -39,11 +42,34 @@ def compare_link(uri_or_host: str, experiment_id: str, run_ids: list[str]) -> st
     return f"{host}/#/compare-runs?runs={runs}&experiments={experiments}"
 
 
+class Mirrored(InputError):
+    """Another process mirrors these results, and will send what is new."""
+
+
+@contextlib.contextmanager
+def _only_writer(results: Path) -> Iterator[None]:
+    """Hold a grid's folder against other writers, not against cells. Raises Mirrored if there is another."""
+    with contextlib.ExitStack() as held:
+        if (results / "plan.json").is_file():
+            try:
+                held.enter_context(lock(results))
+            except InputError:
+                raise Mirrored(
+                    f"{results}: another process mirrors it to MLflow; try again once that has ended"
+                ) from None
+        yield
+
+
 def sync(results: Path, uri: str | None = None) -> SyncSummary:
-    """Bring MLflow up to date with results/<grid>. Raises InputError if it is none or MLflow cannot be used."""
+    """Bring MLflow up to date with results/<grid>.
+
+    Raises InputError if it is no such folder, a file in it is damaged, or MLflow cannot be used; Mirrored, an
+    InputError, while another process does the same.
+    """
     uri = uri or default_uri(results)
     try:
-        return Writer(results, uri).write()
+        with _only_writer(results):
+            return Writer(results, uri).write()
     except InputError:
         raise
     except Exception as error:  # of MLflow, its database or its server, or a damaged file
@@ -53,7 +79,7 @@ def sync(results: Path, uri: str | None = None) -> SyncSummary:
 class Mirror:
     """Syncs a grid's folder every few seconds in the background. Never raises: tracking cannot stop training.
 
-    The first failure is logged; all are tried again later.
+    The first failure is logged; all are tried again later. While another process mirrors the folder it waits.
     """
 
     def __init__(self, results: Path, uri: str | None = None, *, seconds: float = 5.0) -> None:
@@ -84,14 +110,22 @@ class Mirror:
     def _loop(self) -> None:
         writer: Writer | None = None
         stopping = False
-        while not stopping:
-            stopping = self._stop.wait(self.seconds)
-            try:
-                writer = writer or Writer(self.results, self.uri)
-                self.summary = writer.write()
-            except Exception as error:
-                writer = None  # the next one looks up what MLflow really holds
-                self._warn(_problem(error))
+        with contextlib.ExitStack() as held:
+            while not stopping:
+                stopping = self._stop.wait(self.seconds)
+                try:
+                    if writer is None:
+                        held.close()
+                        held.enter_context(_only_writer(self.results))
+                        writer = Writer(self.results, self.uri)
+                    self.summary = writer.write()
+                except Mirrored:
+                    continue
+                except InputError as error:  # a damaged file: all others are sent
+                    self._warn(_problem(error))
+                except Exception as error:
+                    writer = None  # the next one looks up what MLflow really holds
+                    self._warn(_problem(error))
 
     def _warn(self, problem: str) -> None:
         if not self._warned:

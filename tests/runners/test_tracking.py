@@ -29,14 +29,6 @@ from runners.tracking import Mirror, compare_link, default_uri, server_command, 
 LINE = {"update": 3, "nfe": 100, "train/loss": 0.5, "eval/accuracy": 0.25}
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, which take seconds to create."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow_writer._client(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def results(tmp_path: Path, empty_database: Path) -> Path:
     """A results folder of two cells: one done after 4 epochs, one running, after 2."""
