@@ -158,10 +158,8 @@ class Writer:
         self._write_params(run, read_cell(folder))
         num_points = self._write_lines(run, lines, metrics)
         self._write_artifacts(run, folder / "samples")
-        ended, written = read_record(folder), record.stat().st_mtime_ns // 1_000_000 if record.exists() else 0
-        self._write_status(
-            run, ended if ended and ended.attempts >= len(starts) else None, written
-        )  # else it runs again
+        ended = read_record(folder)
+        self._write_status(run, ended if ended and ended.attempts >= len(starts) else None)  # else it is running again
         return num_points
 
     def _write_params(self, run: _Run, cell: Cell) -> None:
@@ -185,14 +183,14 @@ class Writer:
         self._tag(run, {"ablate.synced_lines": str(len(lines))})
         return len(points)
 
-    def _write_status(self, run: _Run, record: Record | None, written: int) -> None:
-        """The state of a cell; `record` is None while it runs, else it was written then, in milliseconds since 1970."""
+    def _write_status(self, run: _Run, record: Record | None) -> None:
+        """The state of a cell, which has no record while it runs."""
         tags, status, end = {"ablate.status": "running"}, "RUNNING", None
         if record:
             commit = record.provenance.commit if record.provenance else None
             tags = {"ablate.status": record.status.value, "ablate.commit": commit or "unknown"}
             tags |= {"ablate.message": record.message[:VALUE_LENGTH]}
-            status, end = RUN_STATUS.get(record.status, "FAILED"), written
+            status, end = RUN_STATUS.get(record.status, "FAILED"), run.last_change
         self._tag(run, {"ablate.grid_sha": self.grid_sha, "ablate.commit": "", "ablate.message": "", **tags})
         if end is not None and (status, end) != (run.status, run.end):
             self.client.set_terminated(run.id, status, end)

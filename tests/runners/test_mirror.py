@@ -1,4 +1,4 @@
-"""MLflow beside cells that run, die and resume in parallel: one writer, no gap, nothing twice; built again, the same."""
+"""MLflow beside cells that run, die and resume in parallel: one writer, no gap, nothing twice, and rebuilt alike."""
 
 from __future__ import annotations
 
@@ -119,12 +119,10 @@ def assert_equal_to_the_files(results: Path, found: dict[str, Any]) -> None:
 
 
 def test_cells_that_are_killed_in_parallel_and_the_mirror_too(results: Path, empty_database: Path) -> None:
-    """The only writer is killed and another takes over; cells are killed at any time; what a sync builds is equal."""
+    """Cells are killed at any time, and the only writer too, whose place another takes; a sync builds the same."""
     chance = random.Random(0)
-    code = (
-        f"import time, pathlib, runners.tracking as t; t.Mirror(pathlib.Path({str(results)!r}), seconds=0.01).start()"
-    )
-    first = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(600)"])
+    code = f"import time, pathlib, runners.tracking as t; t.Mirror(pathlib.Path({str(results)!r}), seconds=0.01)"
+    first = subprocess.Popen([sys.executable, "-c", f"{code}.start(); time.sleep(600)"])
     folders = [results / cell.id for cell in PLAN.cells]
     with ExitStack() as ended:
         ended.callback(first.kill)
