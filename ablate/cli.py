@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,6 +75,9 @@ def main() -> None:
     except InputError as error:
         print(redacted(str(error)), file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception:  # a mistake of ours
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+        raise SystemExit(1) from None
 
 
 @app.command()
@@ -200,10 +204,11 @@ def cell(
 
     from ablate.lock import lock
     from ablate.record import read_cell, read_record
+    from ablate.secrets import redacted_output
     from runners.distributed import is_main
 
     read_cell(folder)
-    with lock(folder) if is_main() else nullcontext():
+    with redacted_output(), lock(folder) if is_main() else nullcontext():
         done = read_record(folder)
         if done is None or not done.status.final:
             from runners.train import train_cell

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import sys
 from collections.abc import Iterator
 
 from ablate.source import InputError, Location, Source, dotted
@@ -19,6 +22,30 @@ def redacted(text: str) -> str:
         if NAMED.search(name) and len(value) >= SHORTEST:
             text = text.replace(value, "***")
     return IN_URL.sub(lambda found: f"{found[1]}***" if found[1] else "***@", text)
+
+
+class _Redacting(io.TextIOWrapper):
+    def write(self, text: str) -> int:
+        return super().write(redacted(text))
+
+
+@contextlib.contextmanager
+def redacted_output() -> Iterator[None]:
+    """Within this block, what Python code of this process prints has stars in place of secrets."""
+    printed, said = (_Redacting(stream.buffer, "utf-8", "backslashreplace", line_buffering=True) for stream in _open())
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+            yield
+    finally:
+        for stream in (printed, said):
+            stream.detach()  # flushes it, and leaves the one below open
+
+
+def _open() -> Iterator[io.TextIOWrapper]:
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.flush()
+        yield stream
 
 
 def is_secret(name: str, value: object) -> bool:

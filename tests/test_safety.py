@@ -42,6 +42,12 @@ class Mine(EPG):
     label: str = "plain"
 def score(images, prompts):
     return images.mean((1, 2, 3))
+def blabbing(images, prompts):
+    import logging, os, warnings
+    token = os.environ["LAB_TOKEN"]
+    print("the token is", token)
+    logging.getLogger("lab").error("https://ann:%s@lab/score answers 401", token)
+    raise RuntimeError(f"401 for {token}")
 """
 
 
@@ -266,6 +272,23 @@ def test_a_record_holds_no_token_of_the_environment(monkeypatch: pytest.MonkeyPa
     said = f"ConnectionError: https://ann:secret@host/?api_key=x{WORD} answered {WORD}"
     record = Record(id="a", status=Status.FAILED, message=said, seed=0)
     assert record.message == "ConnectionError: https://***@host/?api_key=*** answered ***"
+
+
+def test_a_token_that_a_reward_prints_logs_and_raises_is_in_no_file(home: Path) -> None:
+    sizes = "rollout: {num_groups: 3, group_size: 2, num_steps: 3}, evaluation: {num_prompts: 3, num_steps: 2}"
+    grid = write(home, "epg", f"{{reward: 'mine:blabbing', budget: {{epochs: 1}}, {sizes}}}")
+    ended = ablate(home, "run", grid, "--allow-plugins", LAB_TOKEN=WORD, PYTHONPATH=str(ROOT))
+    assert ended.returncode == 1
+    results = home / "code" / "results"
+    (record,) = results.glob("study/*/record.json")
+    assert "401 for ***" in json.loads(record.read_text())["message"]
+    log = (record.parent / "log.txt").read_text()
+    assert "the token is ***" in log
+    assert "https://***@lab/score answers 401" in log
+    written = [path for path in results.rglob("*") if path.is_file()]
+    assert results / "mlflow.db" in written
+    assert [path for path in written if WORD.encode() in path.read_bytes()] == []
+    assert WORD not in ended.stdout + ended.stderr
 
 
 def test_params_of_a_cell_hold_no_secret(sent: Path) -> None:
