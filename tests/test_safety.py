@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,9 @@ from ablate.source import InputError
 from runners import checkpoint
 from runners.identity import identify
 from runners.mlflow_writer import cell_params
-from runners.rewards import load_reward
+from runners.prompts import Prompt
+from runners.rewards import RewardOutput, load_reward
+from runners.scoring import keep_unscored
 from runners.sweep import freeze
 
 ROOT = Path(__file__).parents[1]
@@ -207,6 +210,23 @@ def read_back(cell: Cell) -> Cell:
     return Cell.model_validate_json(cell.model_dump_json())
 
 
+@pytest.mark.parametrize("label", ["../../../elsewhere", "/etc/x", "a/b", "..", "", "a\nb", "[red]", "x" * 200])
+@pytest.mark.parametrize("key", ["reward", "evaluation"])
+def test_a_label_that_is_a_path_is_refused(home: Path, label: str, key: str) -> None:
+    terms = json.dumps([{"name": "jpeg", "label": label}])
+    override = f"{{reward: {terms}}}" if key == "reward" else f"{{evaluation: {{panel: {terms}}}}}"
+    with pytest.raises(InputError, match=r"grid.yaml:5: .*got '.*', expected at most 100 letters"):
+        load_grid(write(home, "epg", override))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "..", "a/b", "/etc/x", ".hidden", "a\\b", "x" * 200])
+def test_a_grid_whose_name_is_a_path_is_refused(home: Path, name: str) -> None:
+    grid = write(home, "epg")
+    grid.write_text(grid.read_text().replace("name: study", f"name: {json.dumps(name)}"))
+    with pytest.raises(InputError, match=r"grid.yaml:1: name: got .* Allowed: letters, digits"):
+        load_grid(grid)
+
+
 class Payload:
     """What a pickle can do."""
 
@@ -289,6 +309,14 @@ def test_a_token_that_a_reward_prints_logs_and_raises_is_in_no_file(home: Path) 
     assert results / "mlflow.db" in written
     assert [path for path in written if WORD.encode() in path.read_bytes()] == []
     assert WORD not in ended.stdout + ended.stderr
+
+
+def test_reasons_of_images_without_a_score_hold_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAB_TOKEN", WORD)
+    nothing = RewardOutput(score=np.array([np.nan]), reasons=(f"401 for {WORD}",))
+    keep_unscored(tmp_path, [np.zeros((1, 8, 8, 3), np.uint8)], [Prompt("a clock")], nothing, "epoch-1")
+    written = (tmp_path / "unscored" / "epoch-1.jsonl").read_text()
+    assert json.loads(written)["reason"] == "401 for ***"
 
 
 def test_params_of_a_cell_hold_no_secret(sent: Path) -> None:
