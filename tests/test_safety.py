@@ -314,7 +314,7 @@ def test_a_token_that_a_reward_prints_logs_and_raises_is_in_no_file(home: Path) 
 def test_reasons_of_images_without_a_score_hold_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAB_TOKEN", WORD)
     nothing = RewardOutput(score=np.array([np.nan]), reasons=(f"401 for {WORD}",))
-    keep_unscored(tmp_path, [np.zeros((1, 8, 8, 3), np.uint8)], [Prompt("a clock")], nothing, "epoch-1")
+    keep_unscored(tmp_path, [np.zeros((1, 8, 8, 3), np.uint8)], [Prompt(text="a clock")], nothing, "epoch-1")
     written = (tmp_path / "unscored" / "epoch-1.jsonl").read_text()
     assert json.loads(written)["reason"] == "401 for ***"
 
