@@ -155,7 +155,7 @@ class Source:
 
 def dotted(location: Location) -> str:
     """A place in a document as people write it: axes.objective.0."""
-    return ".".join(_short(str(step)) for step in location)
+    return ".".join(_short(word if (word := str(step)).isprintable() else repr(word)) for step in location)
 
 
 def read_text(path: Path) -> str:
