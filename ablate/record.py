@@ -259,7 +259,7 @@ def parse_metrics(line: str, path: Path, number: int) -> dict[str, Any]:
         raise InputError(f"{path}:{number}: got a whole number of 19 digits or more")
     for name, value in values.items():
         if type(value) not in NUMBERS:
-            raise InputError(f"{path}:{number}: {name}: got {shown(value)}, expected a number")
+            raise InputError(f"{path}:{number}: {dotted((name,))}: got {shown(value)}, expected a number")
     for name in ("epoch", "device_hours", "nfe"):
         value = values.get(name, 0)
         if value is None or not 0 <= value < math.inf or (name == "epoch" and type(value) is not int):

@@ -13,7 +13,7 @@ from ablate.json_lines import line_of
 from ablate.lock import is_locked
 from ablate.plan import Excluded
 from ablate.record import Ledger, PlannedCell, Record, Status, read_cell, read_metrics, read_plan, read_record
-from ablate.source import InputError, as_yaml, choices, read_text
+from ablate.source import InputError, as_yaml, choices, read_text, shown
 
 KEYS = ["objective", "estimator", "sampler", "axes"]  # together they are a configuration; a seed makes it a cell
 FINISHED = (Status.DONE.value, Status.DIVERGED.value)  # statuses whose last evaluation is the cell's result
@@ -118,7 +118,7 @@ def _cell(planned: PlannedCell, name: str, folder: Path) -> dict[str, Any]:
         if found is not None and found.id != planned.id:
             path = folder / file
             where = f"{path}:{line_of(read_text(path), ('id',))}"
-            raise InputError(f"{where}: is of the cell {found.id!r}; was the folder renamed or copied?")
+            raise InputError(f"{where}: is of the cell {shown(found.id)}; was the folder renamed or copied?")
     return {
         **dict(zip(KEYS, [*_parts(planned)[:3], axes_label(planned.axes)], strict=True)),
         **{field: str(value) for field, value in planned.axes.items()},
