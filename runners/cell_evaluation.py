@@ -45,6 +45,8 @@ def evaluate_cells(
         trained = [*_exported(results, ids), *trained]
     for name in rewards:
         _check(name)
+    for one in trained if not rewards else ():
+        _check_own(one)
     scoring = _Scoring(target=results / "evaluations", asked=rewards)
     scoring.target.mkdir(parents=True, exist_ok=True)
     for cells in _grouped(trained, lambda t: t.cell.recipe.model.model_dump_json()):
@@ -106,6 +108,13 @@ def _check(name: str) -> None:
         load_reward(name)
     except FieldError as error:
         raise InputError(f"--reward {name}: {error}") from None
+
+
+def _check_own(trained: _Trained) -> None:
+    try:
+        load_reward(trained.cell.recipe.reward)
+    except FieldError as error:
+        raise InputError(f"{trained.folder / 'cell.json'}: recipe.reward: {error}") from None
 
 
 def _called(spec: RewardSpec) -> str:

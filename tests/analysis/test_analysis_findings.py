@@ -125,6 +125,6 @@ def test_a_grid_without_such_rows_has_no_such_table(write: Writer) -> None:
 
 def test_a_damaged_published_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("title: A table\n")
-    with pytest.raises(InputError, match=r"x.yaml: cannot be read as a published table"):
+    with pytest.raises(InputError, match=r"x.yaml:1: source: is required"):
         load_published(tmp_path)
     assert Published.model_fields["source"].is_required()

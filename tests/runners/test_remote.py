@@ -30,6 +30,7 @@ from servers import Asked, behaving, reward_server
 from ablate import cli
 from ablate.grid import load_grid
 from ablate.plan import Cell, make_plan
+from ablate.plugins import trust
 from ablate.record import Status, read_metrics
 from ablate.source import InputError
 from runners import train
@@ -440,7 +441,7 @@ def test_one_request_is_scored_at_a_time_and_a_failing_image_is_missing(
         "        raise MemoryError('too much')\n"
         "    return images.mean((1, 2, 3))\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    trust(tmp_path)
     with reward_server("slow_reward:slow") as url:
         output = remote(url, concurrency=4, timeout=5, batch_size=4)(IMAGES, PROMPTS)
     assert output.missing.tolist() == [False] * 4 + [True] * 2 + [False] * 2
@@ -457,7 +458,7 @@ def test_what_nobody_waits_for_any_more_is_not_scored(monkeypatch: pytest.Monkey
         "    time.sleep(0.4)\n"
         "    return images.mean((1, 2, 3))\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    trust(tmp_path)
     with reward_server("counting_reward:count") as url:
         at_work = threading.Thread(target=post, args=(url, {"images": [png(GREY)], "prompts": [{"text": "first"}]}))
         at_work.start()
