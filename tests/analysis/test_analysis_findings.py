@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Writer
+from written import Writer
 
 from ablate.record import Status
 from ablate.source import InputError

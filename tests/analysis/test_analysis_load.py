@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import Writer, line
+from written import Writer, line
 
 from ablate.lock import lock
 from ablate.record import Status
