@@ -15,6 +15,7 @@ from analysis.load import Results, load
 from analysis.published import Published, compare, load_published
 from analysis.study import study
 from analysis.style import hours_unit
+from runners.rewards import REWARDS
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 ACCURACY = "eval/accuracy"
@@ -110,6 +111,9 @@ def test_every_published_number_has_its_place() -> None:
     tables = load_published(PUBLISHED)
     assert set(tables) == {"design", "methods"}
     for published in tables.values():
+        measured = [name.removeprefix("eval/panel/") for name in published.columns.values()]
+        assert measured[0] == "eval/accuracy"
+        assert set(measured[1:]) <= REWARDS.keys()
         assert published.source.startswith("arXiv 2602.04663")
         assert published.protocol
         assert {len(row.values) for row in published.rows} == {len(published.columns)}
