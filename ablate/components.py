@@ -116,7 +116,7 @@ def _kind(axis: str, name: str) -> Any:
         return _outside(axis, name)
     table = getattr(importlib.import_module(f"ablate.{axis}s"), f"{axis}s".upper())
     if name not in table:
-        raise InputError(f"unknown {axis} {name!r}{choices(name, table)}, or 'module:Class' of your own")
+        raise InputError(f"unknown {axis} {shown(name)}{choices(name, table)}, or 'module:Class' of your own")
     return table[name]
 
 

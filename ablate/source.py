@@ -164,12 +164,19 @@ def read_text(path: Path) -> str:
         return text_of(path.read_bytes(), path)
     except FileNotFoundError:
         siblings = sorted(p.name for p in path.parent.glob(f"*{path.suffix or '.yaml'}"))
-        raise InputError(f"{path}: no such file{choices(path.name, siblings) if siblings else ''}") from None
+        raise InputError(f"{_named(path)}: no such file{choices(path.name, siblings) if siblings else ''}") from None
     except IsADirectoryError:
         files = ", ".join(sorted(str(p) for p in path.glob("*.yaml")))
-        raise InputError(f"{path}: is a folder, expected a file{f' such as {files}' if files else ''}") from None
+        raise InputError(
+            f"{_named(path)}: is a folder, expected a file{f' such as {files}' if files else ''}"
+        ) from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise InputError(f"{_named(path)}: cannot be read: {error.strerror}") from None
+
+
+def _named(path: Path) -> str:
+    """A path on one line, whatever it is made of."""
+    return _short(str(path) if str(path).isprintable() else repr(str(path)), 400)
 
 
 def text_of(content: bytes, path: Path, first: int = 1) -> str:
