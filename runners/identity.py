@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -73,11 +75,33 @@ def _model(path: str) -> str:
     if not folder.exists() and not is_hub_id(path):
         expected = "expected `tiny`, a folder written by save_pretrained, or a hub id like owner/name"
         raise FieldError("model.path", f"got {path!r}, {expected}{choices(path, ['tiny'])}")
-    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    if not weights.exists():  # on the hub, where the recipe's revision identifies it
+    weights = [file for file in transformer_files(folder) if file.exists()]
+    if not weights:  # on the hub, where the recipe's revision identifies it
         return path
-    return _digest(weights)
+    digests = [_digest(file) for file in weights]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+
+
+def transformer_files(folder: Path) -> list[Path]:
+    """The files that hold a pipeline's transformer: one, or an index and its shards; they need not exist."""
+    single = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    index = single.with_name(f"{single.name}.index.json")
+    if single.exists() or not index.exists():
+        return [single]
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise InputError(f"{index}: not an index of weights, as save_pretrained writes it") from None
+    return [index, *(single.with_name(name) for name in shards)]
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    """12 hex digits of a file's content, which is read once per process unless the file changes."""
+    there = file.stat()
+    return _digest_of(file, there.st_size, there.st_mtime_ns)
+
+
+@cache
+def _digest_of(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

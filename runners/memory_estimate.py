@@ -27,9 +27,10 @@ from ablate.components import build
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
 from ablate.recipe import ModelRecipe, Recipe
+from runners.attention import use_kernel
 from runners.embeddings import CLIP_TOKENS, MOST
 from runners.identity import model_path
-from runners.policy import ENCODERS, add_lora, attention, images_at_once
+from runners.policy import ENCODERS, add_lora, images_at_once
 
 COPIES = 7  # of trained weights in float32: current, gradient, old, reference, average, and Adam's two moments
 
@@ -114,13 +115,12 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
     if model.lora_rank is not None:
         with torch.device("meta"):
             add_lora(network, model)
+    use_kernel(network, model.attention)
     if model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     parts = [t for part in (network, autoencoder) for t in (*part.parameters(), *part.buffers())]
     frozen = sum(t.numel() for t in parts if not t.requires_grad)  # the positions of SD 3.5 alone are 226 million
-    # the CPU, on which this is counted, has neither of two kernels; they keep as little as flash
-    counted = model.model_copy(update={"attention": "auto"}) if model.attention in ("efficient", "cudnn") else model
     side = model.resolution // 2 ** (len(autoencoder.config.block_out_channels) - 1)
     latent = (network.config.in_channels, side, side)
     tokens = (architecture.num_clip_tokens + model.max_sequence_length, network.config.joint_attention_dim)
@@ -140,7 +140,7 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
 
             def run() -> None:
                 casting = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-                with torch.set_grad_enabled(gradient), casting, attention(counted):
+                with torch.set_grad_enabled(gradient), casting:
                     velocity = network(**inputs, return_dict=False)[0]
                 if gradient:
                     velocity.float().square().mean().backward()

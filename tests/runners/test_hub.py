@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -10,9 +13,11 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from typer.testing import CliRunner
 
 from ablate.cli import app
+from ablate.grid import load_grid
+from ablate.plan import make_plan
 from ablate.recipe import ModelRecipe
 from ablate.source import InputError
-from runners import hub
+from runners import hub, identity
 
 SD35 = ModelRecipe(path="stabilityai/stable-diffusion-3.5-medium", revision="abc")
 GRIDS = Path(__file__).parents[2] / "grids"
@@ -61,12 +66,73 @@ def test_each_problem_has_its_remedy(error: type[Exception], parts: list[str], m
         assert part in str(caught.value)
 
 
-def test_what_is_there_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def write(folder: Path, *files: str) -> Path:
+    """A folder with these files; an index of weights names two shards."""
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}))
+    return folder
+
+
+SHARDS = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+SINGLE = "transformer/diffusion_pytorch_model.safetensors"
+SHARDED = [f"{SINGLE}.index.json", *(f"transformer/{shard}" for shard in SHARDS)]
+
+
+@pytest.mark.parametrize("weights", [[SINGLE], SHARDED], ids=["one file", "shards"])
+def test_what_is_there_is_not_asked_for(weights: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HfApi", Api(AssertionError("asked")))
     hub.check_model(ModelRecipe(path="tiny"))
-    hub.check_model(ModelRecipe(path=str(tmp_path)))
-    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: "somewhere")
+    folder = write(tmp_path / "abc123", "model_index.json", *weights)
+    hub.check_model(ModelRecipe(path=str(folder)))
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: str(folder / "model_index.json"))
     hub.check_model(SD35)
+    assert hub.cached_commit(SD35) == "abc123"
+    assert hub.cached_commit(ModelRecipe(path=str(folder))) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "lack"),
+    [
+        ([], "model_index.json"),
+        ([SINGLE], "model_index.json"),
+        (["model_index.json"], SINGLE),
+        (["model_index.json", *SHARDED[:2]], SHARDED[2]),
+    ],
+)
+def test_a_pipeline_without_its_transformer_is_refused(
+    files: list[str], lack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder, and a cache that was filled in part and cannot be filled now."""
+    folder = write(tmp_path / "model", *files)
+    folder.mkdir(exist_ok=True)
+    with pytest.raises(InputError, match=f"has no {lack}; expected a pipeline written by save_pretrained"):
+        hub.check_model(ModelRecipe(path=str(folder)))
+    monkeypatch.setattr(hub, "HfApi", Api(ConnectionError("no network")))
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: str(folder / "model_index.json"))
+    with pytest.raises(InputError, match=f"has no {lack} in the cache, and the hub cannot be reached"):
+        hub.check_model(SD35)
+
+
+def test_every_shard_of_a_local_transformer_is_part_of_its_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_plan(load_grid(GRIDS / "tiny.yaml")).cells[0].recipe
+    folder = write(tmp_path / "model", *SHARDED)
+
+    def identity_of() -> str:
+        return identity.identify(recipe.model_copy(update={"model": ModelRecipe(path=str(folder))}))["model"]
+
+    first = identity_of()
+    assert re.fullmatch("[0-9a-f]{12}", first)
+    reads = Mock(side_effect=hashlib.file_digest)
+    monkeypatch.setattr(hashlib, "file_digest", reads)
+    assert identity_of() == first
+    assert not reads.called  # an unchanged file is read once
+    for i, file in enumerate(SHARDED[1:]):
+        (folder / file).write_text(f"other weights {i}")
+        assert identity_of() != first
+    assert reads.call_count == 2
 
 
 def test_a_grid_of_a_model_that_is_nowhere_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

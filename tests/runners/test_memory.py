@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from ablate.recipe import ModelRecipe
 from ablate.rollout import concatenate
 from runners import collect, memory_estimate
 from runners.embeddings import MOST
+from runners.memory import in_memory
 from runners.memory_estimate import Architecture, MemoryEstimate, estimate, read_architecture
 from runners.policy import SD3Policy
 from runners.random_weights import autoencoder, medium_transformer, random_policy
@@ -194,6 +196,49 @@ def test_sd35_medium_takes_what_was_estimated() -> None:
     assert most == pytest.approx(backward.weights + backward.trained * 5 // 7 + backward.update, rel=0.15)
 
 
-@pytest.mark.parametrize("kernel", ["efficient", "cudnn", "flash"])
-def test_kernels_that_a_cpu_does_not_have_can_be_estimated(kernel: str) -> None:
-    assert of(with_model(CELL, attention=kernel)).update == of(CELL).update
+@pytest.mark.parametrize("kernel", ["efficient", "cudnn"])
+def test_kernels_of_a_gpu_are_seen_to_keep_less_than_the_plain_one(kernel: str) -> None:
+    longer = replace(read_architecture(CELL.recipe.model), num_clip_tokens=77)
+    assert (
+        estimate(with_model(CELL, attention="math"), longer).update
+        > 1.1
+        * estimate(
+            with_model(CELL, attention=kernel), replace(read_architecture(CELL.recipe.model), num_clip_tokens=77)
+        ).update
+    )
+
+
+def test_a_kernel_with_checkpointing_is_estimated() -> None:
+    for kernel in ("auto", "math"):
+        plain, less = (of(with_model(CELL, attention=kernel, gradient_checkpointing=c)).update for c in (False, True))
+        assert less < 0.6 * plain
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ],
+    ids=str,
+)
+def test_every_way_of_running_out_of_memory_halves_the_batch(error: RuntimeError) -> None:
+    asked: list[int] = []
+
+    def attempt(size: int) -> int:
+        asked.append(size)
+        if size > 3:
+            raise error
+        return size
+
+    assert in_memory(12, attempt, note=lambda _: None) == (3, 3)
+    assert asked == [12, 6, 3]
+    with pytest.raises(type(error)):
+        in_memory(1, lambda _: attempt(4))
+
+
+def test_another_error_is_no_matter_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        in_memory(4, Mock(side_effect=RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
