@@ -21,7 +21,7 @@ from runners.distributed import this_device
 from runners.dry_run import dry_run as go_through
 from runners.hub import check_model
 from runners.memory_estimate import COPIES
-from runners.preflight import EMBEDDED, Finding, alike_in_memory, disk, estimated, memory
+from runners.preflight import EMBEDDED, Finding, alike_in_memory, disk, downloads, estimated, host, memory
 from runners.prompts import load_prompts
 from runners.rewards import RewardUnavailable, load_term
 
@@ -36,6 +36,8 @@ def examine(cells: Sequence[Cell], results: Path, *, dry_run: bool = True) -> It
     yield from _driver()
     recipes = {cell.recipe.model_dump_json(): cell for cell in cells}.values()
     found = [finding for cell in recipes for finding in (*_model(cell), *_prompts(cell))]
+    models = {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in cells}.values()
+    found += filter(None, [downloads(list(models))])
     found += _rewards(recipes)
     found += [finding for cell in cells for finding in _geometry(cell)]
     if not any(finding.level == "problem" for finding in found):
@@ -48,7 +50,11 @@ def examine(cells: Sequence[Cell], results: Path, *, dry_run: bool = True) -> It
         yield Finding("warning", "no dry run", "it needs the model" if dry_run else "leave out --no-dry-run")
     if available:
         needed = estimated(cells[0])
-        yield needed if isinstance(needed, Finding) else disk(cells, results, needed.trained // COPIES)
+        if isinstance(needed, Finding):
+            yield needed
+        else:
+            yield from host(needed)
+            yield disk(cells, results, needed.trained // COPIES)
 
 
 def _versions() -> Finding:

@@ -75,16 +75,16 @@ def _model(path: str) -> str:
     if not folder.exists() and not is_hub_id(path):
         expected = "expected `tiny`, a folder written by save_pretrained, or a hub id like owner/name"
         raise FieldError("model.path", f"got {path!r}, {expected}{choices(path, ['tiny'])}")
-    weights = [file for file in transformer_files(folder) if file.exists()]
+    weights = [file for file in weight_files(folder / "transformer") if file.exists()]
     if not weights:  # on the hub, where the recipe's revision identifies it
         return path
     digests = [_digest(file) for file in weights]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
 
-def transformer_files(folder: Path) -> list[Path]:
-    """The files that hold a pipeline's transformer: one, or an index and its shards; they need not exist."""
-    single = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+def weight_files(part: Path) -> list[Path]:
+    """The files that hold the weights of a pipeline's part: one, or an index and its shards; they need not exist."""
+    single = part / f"{'model' if part.name.startswith('text_encoder') else 'diffusion_pytorch_model'}.safetensors"
     index = single.with_name(f"{single.name}.index.json")
     if single.exists() or not index.exists():
         return [single]
@@ -102,6 +102,6 @@ def _digest(file: Path) -> str:
 
 
 @cache
-def _digest_of(path: Path, size: int, modified: int) -> str:
+def _digest_of(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -26,7 +26,7 @@ from ablate.source import InputError
 from runners.attention import check_kernel, use_kernel
 from runners.compiling import compile_blocks
 from runners.embeddings import Conditioning, Embeddings, cache_folder
-from runners.hub import cached_commit
+from runners.hub import ENCODERS, cached_commit
 from runners.identity import model_path
 from runners.memory import in_memory
 
@@ -41,7 +41,6 @@ LORA_TARGETS = [
 
 SECOND_ATTENTION = [f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]  # of the dual-attention blocks
 DECODED_IMAGES, DECODED_PIXELS = 32, 2**21  # at once: fastest for small images, two gigabytes for large ones
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def add_lora(network: SD3Transformer2DModel, recipe: ModelRecipe) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -24,17 +25,18 @@ GRIDS = Path(__file__).parents[2] / "grids"
 
 
 class Api:
-    """A hub that answers with an error, or not at all."""
+    """A hub that answers with an error, or with files of 10 bytes."""
 
-    def __init__(self, error: Exception | None) -> None:
-        self.error = error
+    def __init__(self, error: Exception | None, *files: str) -> None:
+        self.error, self.files = error, files
 
     def __call__(self) -> Api:
         return self
 
-    def model_info(self, *_: object, **__: object) -> None:
+    def model_info(self, *_: object, **__: object) -> SimpleNamespace:
         if self.error:
             raise self.error
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file, size=10) for file in self.files])
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +114,41 @@ def test_a_pipeline_without_its_transformer_is_refused(
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: str(folder / "model_index.json"))
     with pytest.raises(InputError, match=f"has no {lack} in the cache, and the hub cannot be reached"):
         hub.check_model(SD35)
+
+
+def test_every_encoder_that_is_loaded_needs_its_weights(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "model", SINGLE, "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+    )
+    named = {name: ["library", "Class"] for name in ("vae", "text_encoder", "text_encoder_3")}
+    (folder / "model_index.json").write_text(json.dumps(named | {"text_encoder_2": [None, None]}))
+    hub.check_model(ModelRecipe(path=str(folder), max_sequence_length=0))
+    with pytest.raises(InputError, match="has no text_encoder_3/model"):
+        hub.check_model(ModelRecipe(path=str(folder)))
+
+
+T5 = [f"text_encoder_3/model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+NOT_LOADED = ["sd3.5_medium.safetensors", "text_encoder_3/model.fp16-00001-of-00002.safetensors", "model_index.json"]
+
+
+def test_a_repository_without_a_transformer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: "somewhere")
+    monkeypatch.setattr(hub, "HfApi", Api(None, SINGLE, *T5))
+    hub.check_model(SD35)
+    monkeypatch.setattr(hub, "HfApi", Api(None, *T5, *NOT_LOADED))
+    with pytest.raises(InputError, match="has no weights of a transformer on the hub"):
+        hub.check_model(SD35)
+
+
+def test_what_is_to_be_downloaded_is_what_is_loaded_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "HfApi", Api(None, SINGLE, *T5, *NOT_LOADED))
+    assert hub.download_bytes(SD35) == 30
+    assert hub.download_bytes(SD35.model_copy(update={"max_sequence_length": 0})) == 10
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda _, file, **__: "there" if file == SINGLE else None)
+    assert hub.download_bytes(SD35) == 20
+    monkeypatch.setattr(hub, "HfApi", Api(ConnectionError("no network")))
+    assert hub.download_bytes(SD35) == 0
+    assert hub.download_bytes(ModelRecipe(path="tiny")) == 0
 
 
 def test_every_shard_of_a_local_transformer_is_part_of_its_identity(

@@ -85,13 +85,74 @@ def test_what_saves_memory_is_seen_to() -> None:
     assert of(CELL, num_devices=4).samples == plain.samples // 4
 
 
+TOGETHER = MemoryEstimate(
+    weights=1, trained=2, prompts=1, samples=3, joining=2, probe=1, rollout=4, evaluation=4, update=6, step=1, decode=5,
+    encoders=100, rewards=0, host=0, offloaded=False, rewards_offloaded=False,
+)  # fmt: skip
+
+
 def test_offloaded_encoders_take_the_place_of_the_work() -> None:
-    sizes = {"weights": 1, "trained": 2, "prompts": 1, "samples": 3, "joining": 2, "probe": 1}
-    together = MemoryEstimate(**sizes, rollout=4, update=6, decode=5, encoders=100, offloaded=False)
-    assert together.peak == 1 + 2 + 1 + 100 + 3 + 7
-    assert replace(together, offloaded=True).peak == 1 + 2 + 1 + 100
-    assert replace(together, offloaded=True, encoders=5).peak == 1 + 2 + 1 + 3 + 7
-    assert replace(together, joining=50).peak == 1 + 2 + 1 + 100 + 3 + 50
+    assert TOGETHER.peak == 1 + 2 + 1 + 100 + 3 + 7
+    assert replace(TOGETHER, offloaded=True).peak == 1 + 2 + 1 + 100
+    assert replace(TOGETHER, offloaded=True, encoders=5).peak == 1 + 2 + 1 + 3 + 7
+    assert replace(TOGETHER, joining=50).peak == 1 + 2 + 1 + 100 + 3 + 50
+
+
+def test_rewards_are_there_while_images_are_made_and_else_where_they_are_not_offloaded() -> None:
+    scored = replace(TOGETHER, rewards=10)
+    assert scored.peak == TOGETHER.peak + 10
+    assert replace(scored, rewards_offloaded=True).peak == 1 + 2 + 1 + 100 + 3 + 5 + 10
+    assert replace(scored, rewards_offloaded=True, update=20).peak == 1 + 2 + 1 + 100 + 3 + 1 + 20
+    assert replace(scored, offloaded=True).peak == 1 + 2 + 1 + 100 + 10
+
+
+def test_an_evaluation_comes_when_the_samples_are_gone() -> None:
+    assert replace(TOGETHER, evaluation=10).peak == TOGETHER.peak
+    assert replace(TOGETHER, evaluation=12).peak == 1 + 2 + 1 + 100 + 12
+
+
+def test_the_optimizer_takes_a_copy_of_what_is_trained_for_a_moment() -> None:
+    """As torch steps on a GPU, all tensors at once; counted on the CPU."""
+    weights = [torch.nn.Parameter(torch.randn(100, n)) for n in (10, 20, 30)]
+    optimizer = torch.optim.AdamW(weights, foreach=True)
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert memory_estimate._peak(optimizer.step) == pytest.approx(4 * 6000, rel=0.01)
+    assert replace(TOGETHER, step=30).peak == 1 + 2 + 1 + 100 + 3 + 1 + 30
+    assert of(CELL).step == of(CELL).trained // 7
+
+
+def test_guidance_of_an_evaluation_doubles_its_calls() -> None:
+    recipe = CELL.recipe
+    guided = recipe.evaluation.model_copy(update={"guidance_scale": 4.5})
+    plain, doubled = of(CELL), of(CELL.model_copy(update={"recipe": recipe.model_copy(update={"evaluation": guided})}))
+    embeddings = plain.evaluation - plain.rollout
+    assert embeddings > 0
+    assert doubled.rollout == plain.rollout
+    assert doubled.evaluation - embeddings == pytest.approx(2 * plain.rollout, rel=0.05)
+
+
+def test_rewards_count_once_with_the_memory_that_they_state() -> None:
+    recipe = CELL.recipe
+    panel = recipe.evaluation.model_copy(update={"panel": ("clipscore", "jpeg")})
+    rewards = {"reward": ({"name": "clipscore"}, {"name": "geneval-hf", "weight": 0.5}), "evaluation": panel}
+    scored = type(recipe).model_validate(recipe.model_copy(update=rewards).model_dump())
+    scoring = scored.scoring.model_copy(update={"offload": True})
+    kept, away = (
+        of(CELL.model_copy(update={"recipe": r})) for r in (scored, scored.model_copy(update={"scoring": scoring}))
+    )
+    assert kept.rewards == away.rewards == pytest.approx((1.6 + 1.9) * 2**30)
+    assert away.host - kept.host >= 3 * 2**30
+    assert away.rewards_offloaded
+
+
+def test_the_machine_holds_what_is_loaded_and_what_is_offloaded() -> None:
+    plain = of(with_model(CELL, lora_rank=4))
+    assert plain.host >= plain.weights + plain.encoders
+    rollout = CELL.recipe.rollout.model_copy(update={"group_size": 4096})
+    many = of(CELL.model_copy(update={"recipe": CELL.recipe.model_copy(update={"rollout": rollout})}))
+    assert many.host == CELL.recipe.rollout.num_groups * 4096 * 3 * 32 * 32
 
 
 SMALL = {
@@ -198,14 +259,11 @@ def test_sd35_medium_takes_what_was_estimated() -> None:
 
 @pytest.mark.parametrize("kernel", ["efficient", "cudnn"])
 def test_kernels_of_a_gpu_are_seen_to_keep_less_than_the_plain_one(kernel: str) -> None:
-    longer = replace(read_architecture(CELL.recipe.model), num_clip_tokens=77)
-    assert (
-        estimate(with_model(CELL, attention="math"), longer).update
-        > 1.1
-        * estimate(
-            with_model(CELL, attention=kernel), replace(read_architecture(CELL.recipe.model), num_clip_tokens=77)
-        ).update
+    plain, less = (
+        estimate(with_model(CELL, attention=name), replace(read_architecture(CELL.recipe.model), num_clip_tokens=77))
+        for name in ("math", kernel)
     )
+    assert plain.update > 1.1 * less.update
 
 
 def test_a_kernel_with_checkpointing_is_estimated() -> None:
