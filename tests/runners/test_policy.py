@@ -20,10 +20,11 @@ from ablate.plan import Cell
 from ablate.recipe import ModelRecipe
 from ablate.record import Status, read_metrics
 from ablate.source import InputError
+from runners import export as export_module
 from runners import policy as policy_module
 from runners import train
 from runners.attention import KERNELS, use_kernel
-from runners.export import load
+from runners.export import LORA, load
 from runners.policy import SD3Policy
 from runners.run import set_up
 
@@ -261,6 +262,31 @@ def test_all_weights_are_exported_where_all_are_trained(folder: Path, tmp_path: 
     load(home, own)
     for a, b in zip(whole.parameters(), own.network.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("stage", ["_save", "_card", "_sync"])
+def test_an_export_that_is_killed_leaves_no_half_of_it(
+    stage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, whole = SD3Policy(recipe(folder), CPU), cell(folder, ODE, tmp_path)
+    real = getattr(export_module, stage)
+
+    def killed(*given: Any) -> None:
+        real(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module, stage, killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_module.export(tmp_path, whole, policy)
+    assert not (tmp_path / "weights").exists()
+    (tmp_path / "weights.partial" / "left.bin").write_text("of the attempt before")
+    export_module.export(tmp_path, whole, policy)
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == {"README.md", LORA}
+    assert not (tmp_path / "weights.partial").exists()
+    load(tmp_path, policy)
+    export_module.export(tmp_path, whole, policy)  # in the place of one that is there
+    load(tmp_path, policy)
 
 
 def test_weights_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
