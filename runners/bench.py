@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ablate.passes import passes
 from ablate.plan import Cell
@@ -18,10 +18,11 @@ from runners.provenance import provenance
 from runners.run import Run, set_up
 from runners.train import train_epoch
 
-# kernels of a CPU that torch's counter does not know; of those of GPUs it does
-UNKNOWN = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+_aten = torch.ops.aten
+# kernels of a CPU that torch's counter does not know, and those of a GPU that do as much
+LIKE = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
 }
 
 
@@ -147,7 +148,8 @@ def _seconds(run: Run, call: Callable[[], None], repeats: int = 3) -> float:
 def _flops(run: Run, *, gradient: bool = False) -> float:
     """Floating-point operations of one image at one noise level; compiled blocks are counted as they are written."""
     call = _call(run, 1, gradient=gradient)
-    counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN)
+    counter = FlopCounterMode(display=False)
+    counter.flop_registry |= {kernel: flop_registry[known] for kernel, known in LIKE.items()}
     with torch.compiler.set_stance("force_eager"), counter:
         call()
     run.optimizer.zero_grad()

@@ -192,7 +192,8 @@ def test_a_size_is_measured_without_a_grid(model: str) -> None:
     assert "Epoch of 12 images" in result.stdout
 
 
-def test_a_local_pipeline_is_measured_without_a_grid(tmp_path: Path) -> None:
+def test_a_local_pipeline_is_measured_without_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLATE_CACHE", str(tmp_path / "cache"))
     folder = write_pipeline(tmp_path / "it's a pipeline")
     result = CliRunner().invoke(app, ["bench", str(folder), *options(model__max_sequence_length=16), "--json"])
     assert result.exit_code == 0, result.exception
