@@ -22,6 +22,7 @@ from runners.embeddings import MOST
 from runners.memory import in_memory
 from runners.memory_estimate import Architecture, MemoryEstimate, estimate, read_architecture
 from runners.policy import SD3Policy
+from runners.preflight import with_fields
 from runners.random_weights import autoencoder, medium_transformer, random_policy
 from runners.run import set_up
 from runners.train import train_epoch
@@ -124,9 +125,7 @@ def test_the_optimizer_takes_a_copy_of_what_is_trained_for_a_moment() -> None:
 
 
 def test_guidance_of_an_evaluation_doubles_its_calls() -> None:
-    recipe = CELL.recipe
-    guided = recipe.evaluation.model_copy(update={"guidance_scale": 4.5})
-    plain, doubled = of(CELL), of(CELL.model_copy(update={"recipe": recipe.model_copy(update={"evaluation": guided})}))
+    plain, doubled = of(CELL), of(with_fields(CELL, {"evaluation.guidance_scale": 4.5}))
     embeddings = plain.evaluation - plain.rollout
     assert embeddings > 0
     assert doubled.rollout == plain.rollout
@@ -134,24 +133,16 @@ def test_guidance_of_an_evaluation_doubles_its_calls() -> None:
 
 
 def test_rewards_count_once_with_the_memory_that_they_state() -> None:
-    recipe = CELL.recipe
-    panel = recipe.evaluation.model_copy(update={"panel": ("clipscore", "jpeg")})
-    rewards = {"reward": ({"name": "clipscore"}, {"name": "geneval-hf", "weight": 0.5}), "evaluation": panel}
-    scored = type(recipe).model_validate(recipe.model_copy(update=rewards).model_dump())
-    scoring = scored.scoring.model_copy(update={"offload": True})
-    kept, away = (
-        of(CELL.model_copy(update={"recipe": r})) for r in (scored, scored.model_copy(update={"scoring": scoring}))
-    )
+    rewards = {"reward": {"clipscore": 1, "geneval-hf": 0.5}, "evaluation.panel": ["clipscore", "jpeg"]}
+    kept, away = (of(with_fields(CELL, rewards | {"scoring.offload": offload})) for offload in (False, True))
     assert kept.rewards == away.rewards == pytest.approx((1.6 + 1.9) * 2**30)
     assert away.host - kept.host >= 3 * 2**30
-    assert away.rewards_offloaded
+    assert (kept.rewards_offloaded, away.rewards_offloaded) == (False, True)
 
 
-def test_the_machine_holds_what_is_loaded_and_what_is_offloaded() -> None:
-    plain = of(with_model(CELL, lora_rank=4))
+def test_the_machine_holds_what_is_loaded_what_is_offloaded_and_images() -> None:
+    plain, many = of(with_model(CELL, lora_rank=4)), of(with_fields(CELL, {"rollout.group_size": 4096}))
     assert plain.host >= plain.weights + plain.encoders
-    rollout = CELL.recipe.rollout.model_copy(update={"group_size": 4096})
-    many = of(CELL.model_copy(update={"recipe": CELL.recipe.model_copy(update={"rollout": rollout})}))
     assert many.host == CELL.recipe.rollout.num_groups * 4096 * 3 * 32 * 32
 
 
