@@ -9,12 +9,15 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ablate.plugins import allow_plugins, trust
+from ablate.secrets import redacted
 from ablate.source import InputError, choices, counted
 
 if TYPE_CHECKING:
@@ -45,18 +48,36 @@ Results = Annotated[Path, typer.Option("--results", help="Where results are kept
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow server or database; by default <results>/mlflow.db", metavar="URI")
 ]
+
+
+def _allow_plugins(given: bool) -> None:
+    if given:
+        allow_plugins()
+
+
+Plugins = Annotated[
+    bool,
+    typer.Option(
+        "--allow-plugins",
+        help="Import `module:Class` and `module:function` from the current folder and PYTHONPATH too",
+        callback=_allow_plugins,
+    ),
+]
 Tracking = Annotated[bool, typer.Option(help="Mirror the results to MLflow")]
 RESULTS = Path("results")
 
 
 def main() -> None:
     """Run a command; bad input is one line per problem and exit code 2."""
-    sys.path.insert(0, "")  # components of the user's own are looked for where they stand
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # processes of cells import nothing from the folder they start in
     try:
         app()
     except InputError as error:
-        print(error, file=sys.stderr)
+        print(redacted(str(error)), file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception:  # a mistake of ours
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+        raise SystemExit(1) from None
 
 
 @app.command()
@@ -73,6 +94,7 @@ def plan(
     bench: Annotated[
         Path | None, typer.Option(help="What `ablate bench --json` has printed, for hours and disk", metavar="FILE")
     ] = None,
+    _plugins: Plugins = False,
 ) -> None:
     """Show a grid's cells, the combinations that are excluded and why, and what each cell costs."""
     from ablate.forecast import Speed, plan_json, plan_table, read_bench
@@ -118,6 +140,7 @@ def run(
     results: Results = RESULTS,
     tracking_uri: TrackingUri = None,
     tracking: Tracking = True,
+    _plugins: Plugins = False,
 ) -> None:
     """Train every cell that is not finished; the same command continues after an interruption."""
     from ablate.geometry import check_devices
@@ -157,7 +180,8 @@ def run(
             folder, planned.cells, console=console, workers=workers, processes=processes, device_hours=budget
         )
     except KeyboardInterrupt:
-        console.print(f"Stopped. Nothing is lost; continue with: ablate run {shlex.join(sys.argv[2:])}", soft_wrap=True)
+        again = redacted(shlex.join(sys.argv[2:]))
+        console.print(f"Stopped. Nothing is lost; continue with: ablate run {again}", soft_wrap=True)
         raise SystemExit(130) from None
     finally:
         if mirror:
@@ -172,17 +196,20 @@ def run(
 
 
 @app.command()
-def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under results/")]) -> None:
+def cell(
+    folder: Annotated[Path, typer.Argument(help="A cell's folder under results/")], _plugins: Plugins = False
+) -> None:
     """Train the one cell whose folder this is, to its end; used by `run`, or by hand."""
     from contextlib import nullcontext
 
     from ablate.lock import lock
     from ablate.record import read_cell, read_record
+    from ablate.secrets import redacted_output
     from runners.distributed import is_main
 
     read_cell(folder)
     hung: list[str] = []
-    with lock(folder) if is_main() else nullcontext():
+    with redacted_output(), lock(folder) if is_main() else nullcontext():
         done = read_record(folder)
         if done is None or not done.status.final:
             from runners.scoring import hung
@@ -200,7 +227,12 @@ def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under resu
 
 @app.command()
 def status(
-    grid: GridPath, settings: Settings = None, only: Only = None, seeds: Seeds = None, results: Results = RESULTS
+    grid: GridPath,
+    settings: Settings = None,
+    only: Only = None,
+    seeds: Seeds = None,
+    results: Results = RESULTS,
+    _plugins: Plugins = False,
 ) -> None:
     """Show how far a grid's cells are."""
     from runners.live import live_table
@@ -245,6 +277,7 @@ def evaluate(
             metavar="FOLDER|FILE",
         ),
     ] = None,
+    _plugins: Plugins = False,
 ) -> None:
     """Score cells and their base models on the held-out prompts, with any rewards and guidance scales.
 
@@ -284,13 +317,17 @@ def probe(
     results: Results = RESULTS,
     tracking_uri: TrackingUri = None,
     tracking: Tracking = True,
+    _plugins: Plugins = False,
 ) -> None:
     """Measure what a grid's estimators are worth before any training: gradient variance, bias, cost of a signal."""
+    from contextlib import suppress
+
     from analysis.probe import write_probe
     from runners.hub import check_model
     from runners.probe import probe as measure
     from runners.probe_tasks import Settings as ProbeSettings
     from runners.sweep import freeze
+    from runners.tracking import Mirrored
     from runners.tracking import sync as synchronise
 
     numbers = _numbers("--points", points, "1,2,5,10")
@@ -305,7 +342,8 @@ def probe(
     for path in write_probe(target):
         typer.echo(path)
     if tracking:
-        synchronise(folder, tracking_uri)
+        with suppress(Mirrored):  # who mirrors the grid sends the probe too
+            synchronise(folder, tracking_uri)
 
 
 @app.command()
@@ -324,6 +362,7 @@ def bench(
         bool, typer.Option("--random-weights", help="SD 3.5 Medium or Large at its real size, without downloading it")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output")] = False,
+    _plugins: Plugins = False,
 ) -> None:
     """Measure an epoch of a grid's first cell, or of a model under the paper's recipe: time by phase, FLOP/s, and what
     the network alone would take."""
@@ -370,6 +409,7 @@ def doctor(
     dry_run: Annotated[
         bool, typer.Option(help="Take the first cell through two small epochs, a restart and the export")
     ] = True,
+    _plugins: Plugins = False,
 ) -> None:
     """Look for what stands between a grid and its first cell, each finding with its remedy."""
     from runners.doctor import examine
@@ -409,6 +449,7 @@ def reward_server(
     from runners.rewards import RewardUnavailable, load_term
 
     parameters = dict(_setting(text) for text in settings or ())
+    allow_plugins()  # who names a module in a command has seen it
     try:
         serving = load_term(RewardTerm(**{**parameters, "name": reward}), "REWARD")
         token, device = token_of_environment(), str(this_device())
@@ -458,6 +499,7 @@ def check_reward(
     """Find or download a reward's weights, let it check itself, and show what it says of three small images."""
     from runners.rewards.listing import check, parameters_of
 
+    allow_plugins()  # who names a module in a command has seen it
     _console().print(check(name, parameters_of(_setting(text) for text in settings or ())))
 
 
@@ -490,6 +532,7 @@ def _planned(
     from ablate.plan import make_plan
     from runners.identity import identify
 
+    trust(path.parent)  # as documented: components and rewards may lie beside the grid
     loaded = load_grid(path, dict(_setting(text) for text in settings or ()))
     whole = make_plan(loaded, identify)
     return loaded, whole, _kept(whole, loaded, only, seeds)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from ablate.plugins import import_plugin
 from ablate.recipe import Strict, recipe_fields
 from ablate.source import FieldError, InputError, Location, Source, choices, message, shown
 
@@ -125,9 +126,9 @@ def _outside(axis: str, name: str) -> Any:
     if not path or not attribute:
         raise InputError(f"got {axis} {name!r}, expected 'module:Class'")
     try:
-        module = importlib.import_module(path)
-    except Exception as error:  # whatever the file of a user does when it is run
-        raise InputError(f"{axis} {name!r} cannot be imported: {type(error).__name__}: {error}") from None
+        module = import_plugin(path)
+    except InputError as error:
+        raise InputError(f"{axis} {name!r} {error}") from None
     kinds = {key: v for key, v in vars(module).items() if isinstance(v, type) and dataclasses.is_dataclass(v)}
     if attribute not in kinds:
         kinds = {key: v for key, v in kinds.items() if all(hasattr(v, member) for member in MEMBERS[axis])}

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ablate.json_lines import line_of
 from ablate.part import COMPONENT_AXES
 from ablate.passes import Passes, passes
 from ablate.plan import FORMAT, Cell, Plan
-from ablate.source import InputError, as_yaml, counted, read_text
+from ablate.source import InputError, as_yaml, counted, dotted, parse_json, read_text, shown
 
 WITH_RECIPES = 110  # columns of a terminal that leave room for one more
 CHECKPOINTED = 5  # times the trained weights: current, old, average, and Adam's two moments
 WIDEST = 20  # characters of a word that a column always has room for; longer names of one's own classes fold
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """What a bench has measured on one device."""
 
-    seconds_per_call: float  # of the network; a call with gradient counts three
-    seconds_per_image: float = 0.0  # of everything else: decoding, reward, bookkeeping
-    trained_bytes: int | None = None  # of the weights that a finished cell keeps
+    seconds_per_call: Seconds  # of the network; a call with gradient counts three
+    seconds_per_image: Seconds = 0.0  # of everything else: decoding, reward, bookkeeping
+    trained_bytes: Annotated[int, Field(ge=0, lt=2**63)] | None = None  # of the weights that a finished cell keeps
 
 
 def read_bench(path: Path) -> Speed:
     """The result of `ablate bench --json`. Raises InputError where it is none."""
+    text = read_text(path)
     try:
-        found = json.loads(read_text(path))
-        return Speed(**{field.name: found[field.name] for field in dataclasses.fields(Speed)})
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise InputError(f"{path}: not the result of `ablate bench GRID --json`") from None
+        found = parse_json(text, str(path))
+        return TypeAdapter(Speed).validate_python({field.name: found[field.name] for field in fields(Speed)})
+    except KeyError as missing:
+        raise InputError(f"{path}:1: not the result of `ablate bench GRID --json`: it has no {missing}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        line = line_of(text, problem["loc"])
+        where = f"{path}:{line}: not the result of `ablate bench GRID --json`: {dotted(problem['loc'])}"
+        raise InputError(f"{where}: got {shown(problem['input'])}: {problem['msg']}") from None
 
 
 def device_hours(cell: Cell, cost: Passes, speed: Speed | None) -> float | None:

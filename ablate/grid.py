@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from ablate.part import COMPONENT_AXES, Part, holds
 from ablate.recipe import Strict, recipe_fields
+from ablate.secrets import refuse_secret_setting, refuse_secrets
 from ablate.source import InputError, Location, Source, choices, explain, merge, set_path, shown, validate
 
 
@@ -70,9 +71,9 @@ class Grid:
 
 def _check(file: GridFile, source: Source) -> None:
     """What the types cannot say. Raises InputError at the line."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", file.name):
-        allowed = "letters, digits, '_', '-' and '.', the first a letter or digit, as it names a folder"
-        raise source.error(("name",), f"got {file.name!r}. Allowed: {allowed}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", file.name):
+        allowed = "letters, digits, '_', '-' and '.', at most 100, the first a letter or digit, as it names a folder"
+        raise source.error(("name",), f"got {shown(file.name)}. Allowed: {allowed}")
     if bool(file.axes) == bool(file.cells):
         got = "both" if file.axes else "neither"
         raise source.error(("cells",) if file.cells else (), f"expected either axes or cells, got {got}")
@@ -109,6 +110,9 @@ def load_grid(path: Path, settings: dict[str, Any] | None = None) -> Grid:
     Raises InputError naming file, line, what was got, what is allowed, and the nearest match.
     """
     source = Source.read(path)
+    refuse_secrets(source)
+    for key, value in (settings or {}).items():
+        refuse_secret_setting(key, value)
     try:
         file = validate(GridFile, source.data)
     except ValidationError as error:
@@ -130,6 +134,7 @@ def _part(path: Path, file: GridFile, source: Source, place: Location, settings:
         raise source.error((*place, "recipe") if single else ("recipe",), f"{got} the name of a recipe")
     named = (*place, "recipe") if "recipe" in written else ("recipe",)
     recipe_source = Source.read(_recipe_path(recipe_name, path, source, named))
+    refuse_secrets(recipe_source)
     data = {key: value for key, value in recipe_source.data.items() if key != "method"}
     method = recipe_source.data.get("method", {})
     if not isinstance(method, dict) or not set(method) <= set(COMPONENT_AXES):

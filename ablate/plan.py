@@ -6,10 +6,14 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ablate.compatibility import impossible
 from ablate.components import Component, resolve, short_label, unique_labels
@@ -20,13 +24,16 @@ from ablate.source import FieldError, InputError, Location
 
 FORMAT = 1  # of the files in results/; a change in meaning raises it
 
+MOST_CELLS = 100_000
+FolderName = Annotated[str, Field(pattern=r"^\w[^/\\\x00-\x1f]{0,199}$")]  # of one folder, and no path to another
+
 
 class Cell(Strict):
     """A resolved cell: all that its result depends on. Written to cell.json."""
 
     format: int = FORMAT
-    id: str
-    grid: str
+    id: FolderName
+    grid: FolderName
     objective: str
     estimator: str
     sampler: str
@@ -137,6 +144,10 @@ class _Combination:
 
 def _combinations(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]]) -> Iterator[_Combination]:
     """The product of each part. Where parts differ in recipe or field, all show theirs."""
+    for part in grid.parts:
+        number = math.prod(map(len, part.axes.values())) * len(grid.file.seeds)
+        if number > MOST_CELLS:
+            raise grid.source.error(part.place, f"stands for {number} cells, expected at most {MOST_CELLS}")
     recipes = {part.recipe_name for part in grid.parts}
     fields = list(dict.fromkeys(field for part in grid.parts for field in part.recipe_axes))
     for part in grid.parts:
@@ -192,6 +203,7 @@ def _cell(grid: str, c: _Combination, labels: dict[str, str], seed: int) -> Cell
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     readable = "-".join(short_label(axis, c.components[axis]) for axis in COMPONENT_AXES)
+    readable = re.sub(r"[^\w.+=-]", "_", readable)[:150]  # a parameter of one's own class may be any text
     return Cell(
         id=f"{readable}-s{seed}-{digest}",
         grid=grid,

@@ -8,7 +8,6 @@ likelihoods.jsonl   value and truth of single samples, for the scatter
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 
 from ablate.recipe import Strict
 from ablate.record import write_atomic
-from ablate.source import InputError, dotted, read_text
+from ablate.source import InputError, dotted, parse_json, read_text
 
 FOLDER = "probe"  # beside a grid's cells
 
@@ -158,7 +157,7 @@ class Table(Generic[R]):
 
     def __init__(self, folder: Path, kind: type[R]) -> None:
         self.path = folder / kind.file
-        self._rows: list[R] = list(_read(self.path, kind))
+        self._rows: list[R] = list(read_rows(self.path, kind))
 
     @property
     def keys(self) -> set[str]:
@@ -171,16 +170,13 @@ class Table(Generic[R]):
         write_atomic(self.path, "".join(row.model_dump_json() + "\n" for row in self._rows))
 
 
-def _read(path: Path, kind: type[R]) -> Iterable[R]:
+def read_rows(path: Path, kind: type[R]) -> Iterable[R]:
+    """The rows of a file, none where there is none. Raises InputError with file and line."""
     if not path.exists():
         return
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
         try:
-            yield kind.model_validate(json.loads(line))
-        except (json.JSONDecodeError, ValidationError) as error:
-            problem = (
-                f"{dotted(error.errors()[0]['loc'])}: {error.errors()[0]['msg']}"
-                if isinstance(error, ValidationError)
-                else error.msg
-            )
+            yield kind.model_validate(parse_json(line, str(path), first=number))
+        except ValidationError as error:
+            problem = f"{dotted(error.errors()[0]['loc'])}: {error.errors()[0]['msg']}"
             raise InputError(f"{path}:{number}: cannot be read: {problem}; delete the file to measure anew") from None

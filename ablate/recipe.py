@@ -5,10 +5,11 @@ Torch-free: reports read recipes on machines without it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -22,13 +23,20 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _curve(label: str | None) -> str | None:
+    if label is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.: -]{0,99}", label):
+        allowed = "at most 100 letters, digits, spaces, '_', '.', ':' and '-', the first a letter or digit"
+        raise ValueError(f"got {label[:60]!r}, expected {allowed}, as it names curves and files")
+    return label
+
+
 class RewardTerm(Strict):
     """One reward of a sum with its parameters: {"name": "remote", "weight": 0.5, "url": "http://..."}."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
     weight: float = 1.0
-    label: str | None = None
+    label: Annotated[str | None, AfterValidator(_curve)] = None
     """What its curve is called; by default its name. Two of one name need it."""
 
     @property
@@ -101,7 +109,8 @@ class ModelRecipe(Strict):
 
 class PromptsRecipe(Strict):
     train: str = "scenes"
-    """`scenes`, `geneval`, `ocr`, or a file: GenEval's *.jsonl or one prompt per line."""
+    """`scenes`, `geneval` (families mixed as Flow-GRPO does), `geneval:equal`, `ocr`, or a file: GenEval's *.jsonl or
+    one prompt per line."""
     evaluation: str | None = None
     """A file of prompts that are never trained on; null for the built-in sources' own."""
 
@@ -213,8 +222,8 @@ class UpdateRecipe(Strict):
 
 
 class EvaluationRecipe(Strict):
-    split: Literal["development", "evaluation"] = "evaluation"
-    """Choose recipes on `development`; report `evaluation`."""
+    split: Literal["development", "evaluation", "all"] = "evaluation"
+    """Choose recipes on `development`, report `evaluation`; `all` is both, for where nothing is chosen."""
     num_prompts: Count = 600
     panel: tuple[str | RewardTerm, ...] = ()
     """Rewards that are measured on the held-out images and never trained on; reports look there for reward hacking."""

@@ -12,20 +12,26 @@ results/<grid>/<cell id>/cell.json       the resolved cell
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ConfigDict, ValidationError, field_validator
 
-from ablate.plan import FORMAT, Cell
-from ablate.recipe import Strict
-from ablate.source import InputError, dotted, read_text, shown
+from ablate.json_lines import line_of
+from ablate.plan import FORMAT, Cell, Excluded, FolderName
+from ablate.recipe import Strict, recipe_fields
+from ablate.secrets import redacted
+from ablate.source import InputError, dotted, parse_json, read_text, shown
 
 M = TypeVar("M", bound=Strict)
+AXES = {"recipe", *recipe_fields()}  # that a cell may have beside its components
+NUMBERS = {int, float, type(None)}
+HUGE = re.compile(r"(?<![\d.eE+])\d{19,}(?![\d.eE])")
 LEDGER = Path("checkpoint", "ledger.json")
 
 
@@ -112,7 +118,7 @@ class Record(Strict):
     format: int = FORMAT
     id: str
     status: Status
-    message: str = ""
+    message: Annotated[str, AfterValidator(redacted)] = ""
     seed: int
     attempts: int = 1
     epochs: int = 0
@@ -120,6 +126,43 @@ class Record(Strict):
     metrics: dict[str, float] = {}
     rewards: dict[str, str] = {}  # what each reward was: its identity, and a digest of the weights that were loaded
     provenance: Provenance | None = None
+
+
+class PlannedCell(Strict):
+    """What plan.json says of a cell."""
+
+    model_config = ConfigDict(extra="ignore")
+    id: FolderName
+    objective: str
+    estimator: str
+    sampler: str
+    seed: int
+    axes: dict[str, Any] = {}
+
+    @field_validator("axes")
+    @classmethod
+    def _known(cls, axes: dict[str, Any]) -> dict[str, Any]:
+        if unknown := axes.keys() - AXES:
+            raise ValueError(f"{sorted(unknown)[0]!r} is no recipe field")
+        return axes
+
+
+class PlanFile(Strict):
+    """plan.json in a grid's results."""
+
+    model_config = ConfigDict(extra="ignore")
+    grid: FolderName
+    order: dict[str, tuple[str, ...]] = {}
+    listed: bool = False
+    cells: tuple[PlannedCell, ...]
+    excluded: tuple[Excluded, ...] = ()
+
+    @field_validator("cells")
+    @classmethod
+    def _different(cls, cells: tuple[PlannedCell, ...]) -> tuple[PlannedCell, ...]:
+        if len({cell.id for cell in cells}) < len(cells):
+            raise ValueError("two cells have the same id")
+        return cells
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -135,6 +178,11 @@ def read_record(folder: Path) -> Record | None:
     if not path.exists():
         return None
     return _validated(Record, path)
+
+
+def read_plan(results: Path) -> PlanFile:
+    """The plan of results/<grid>/. Raises InputError if there is none, or one of another version."""
+    return _validated(PlanFile, results / "plan.json")
 
 
 def read_cell(folder: Path) -> Cell:
@@ -156,36 +204,40 @@ def read_spent(folder: Path) -> Ledger:
     """What a cell has spent so far, with what was lost: by its ledger, its record, or its last line of metrics."""
     try:
         return Ledger.model_validate_json((folder / LEDGER).read_text(encoding="utf-8"))
-    except (OSError, ValidationError):  # there is none, or the machine went down as it was written
+    except (OSError, ValueError):  # there is none, or the machine went down as it was written
         record = read_record(folder)
     if record and record.status.final:
         return record.cost
-    last = (read_metrics(folder) or [{}])[-1]
-    return Ledger.of_line(last)
+    lines = read_metrics(folder)
+    try:
+        return Ledger.of_line(lines[-1] if lines else {})
+    except ValidationError as error:
+        where = f"{folder / 'metrics.jsonl'}:{len(lines)}"
+        raise InputError(f"{where}: the last line has no ledger: {error.errors()[0]['msg']}") from None
 
 
 def _validated(model: type[M], path: Path) -> M:
-    data = read_json(path)
+    text = read_text(path)
     try:
-        return model.model_validate(data)
+        return model.model_validate(_of_this_format(text, path))
     except ValidationError as error:
         problem = error.errors()[0]
-        where = f"{path}: cannot be read: {dotted(problem['loc'])}"
+        where = f"{path}:{line_of(text, problem['loc'])}: cannot be read: {dotted(problem['loc'])}"
         raise InputError(f"{where}: {problem['msg']}, got {shown(problem['input'])}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of results/. Raises InputError if it is damaged or of another format version."""
-    try:
-        data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: cannot be read as JSON: {error.msg}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}:1: got {shown(data)}, expected a JSON object")
+    return _of_this_format(read_text(path), path)
+
+
+def _of_this_format(text: str, path: Path) -> dict[str, Any]:
+    data = parse_json(text, str(path))
     found = data.get("format")
     if found != FORMAT:
+        where = f"{path}:{line_of(text, ('format',))}"
         raise InputError(
-            f"{path}: results of format {shown(found)}, this version of ablate reads format {FORMAT}; "
+            f"{where}: results of format {shown(found)}, this version of ablate reads format {FORMAT}; "
             "choose another folder with --results, or read it with the version that wrote it"
         )
     return data
@@ -196,13 +248,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    metrics = []
-    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: a line is not JSON: line {number}: {error.msg}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path}:{number}: got {shown(values)}, expected a JSON object")
-        metrics.append(values)
-    return metrics
+    lines = read_text(path).split("\n")[:-1]
+    return [parse_metrics(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def parse_metrics(line: str, path: Path, number: int) -> dict[str, Any]:
+    """A line of metrics.jsonl: numbers by name, an epoch among them. Raises InputError with file and line."""
+    values = parse_json(line, str(path), first=number)
+    if HUGE.search(line):
+        raise InputError(f"{path}:{number}: got a whole number of 19 digits or more")
+    for name, value in values.items():
+        if type(value) not in NUMBERS:
+            raise InputError(f"{path}:{number}: {dotted((name,))}: got {shown(value)}, expected a number")
+    for name in ("epoch", "device_hours", "nfe"):
+        value = values.get(name, 0)
+        if value is None or not 0 <= value < math.inf or (name == "epoch" and type(value) is not int):
+            raise InputError(f"{path}:{number}: {name}: got {shown(value)}, expected a number from 0 on")
+    return values

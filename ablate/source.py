@@ -16,6 +16,8 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 Location = tuple[int | str, ...]
+LONGEST = 2**20  # characters of a YAML file, which takes seconds to read
+MOST_VALUES = 100_000  # of a YAML file
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -48,8 +50,11 @@ def choices(word: str, allowed: Iterable[str], listed: Iterable[str] | None = No
 
 def shown(value: object) -> str:
     """A value as the user wrote it, on one line."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _short(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
+
+
+def _short(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def counted(number: int, noun: str) -> str:
@@ -68,16 +73,27 @@ class Source:
     def __init__(self, name: str, text: str) -> None:
         self.name = name
         self.text = text
+        if len(text) > LONGEST:
+            raise InputError(f"{name}:1: got {len(text)} characters, expected at most {LONGEST}")
+        yaml = YAML(typ="safe", pure=True)
+        yaml.composer.warn_double_anchors = False  # the last one counts, as YAML says
         try:
-            yaml = YAML(typ="safe", pure=True)
-            self.data: Any = yaml.load(StringIO(text))
             self._root: Node | None = yaml.compose(StringIO(text))
+            self._check(self._root, ())
+            self._check_size()
+            self.data: Any = yaml.load(StringIO(text))
         except MarkedYAMLError as error:
             raise InputError(f"{name}:{_marked(error)}") from None
         except ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
             raise InputError(f"{name}:{line}: not valid YAML: character {error.character!r}") from None
-        self._check(self._root, ())
+        except RecursionError:
+            raise InputError(f"{name}:1: values are nested too deeply") from None
+        except InputError:
+            raise
+        except Exception as error:  # of ruamel, at a value that its tag or form does not allow: 2026-13-45, !!int x
+            line = _unreadable(yaml, self._root)
+            raise InputError(f"{name}:{line}: not valid YAML: a value cannot be read: {_one_line(error)}") from None
         if not isinstance(self.data, dict):
             got = "an empty file" if self.data is None else shown(self.data)
             raise InputError(f"{name}:1: got {got}, expected a mapping of keys to values")
@@ -87,19 +103,39 @@ class Source:
         """Read a file. Raises InputError if it is not there, no text, or no YAML mapping."""
         return cls(str(path), read_text(path))
 
-    def _check(self, node: Node | None, above: tuple[Node, ...]) -> None:
+    def _check(self, node: Node | None, above: tuple[Node, ...], seen: set[int] | None = None) -> None:
         """Refuse what YAML can say and a grid cannot: keys that are no text, and values that hold themselves."""
+        seen = set() if seen is None else seen
         if node in above:
             raise InputError(f"{self.name}:{node.start_mark.line + 1}: a value refers to itself")
+        if node is None or id(node) in seen:
+            return
+        seen.add(id(node))
         if isinstance(node, MappingNode):
             for key, value in node.value:
                 if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                     got = key.value if isinstance(key.value, str) else "a collection"
                     raise InputError(f"{self.name}:{key.start_mark.line + 1}: got {got} as a key, expected a word")
-                self._check(value, (*above, node))
+                self._check(value, (*above, node), seen)
         if isinstance(node, SequenceNode):
             for value in node.value:
-                self._check(value, (*above, node))
+                self._check(value, (*above, node), seen)
+
+    def _check_size(self) -> None:
+        """Refuse aliases of aliases of aliases, a few lines that stand for billions of values."""
+        sizes: dict[int, int] = {}
+
+        def size(node: Node | None) -> int:
+            if node is not None and id(node) not in sizes:
+                inner = node.value if isinstance(node, SequenceNode) else []
+                inner = [part for pair in node.value for part in pair] if isinstance(node, MappingNode) else inner
+                sizes[id(node)] = 1 + sum(map(size, inner))
+                if sizes[id(node)] > MOST_VALUES:
+                    line = node.start_mark.line + 1
+                    raise InputError(f"{self.name}:{line}: stands for more than {MOST_VALUES} values, with its aliases")
+            return sizes.get(id(node), 0)
+
+        size(self._root)
 
     def at(self, location: Location) -> str:
         """`file:line` of the deepest part of `location` that the document holds."""
@@ -119,24 +155,61 @@ class Source:
 
 def dotted(location: Location) -> str:
     """A place in a document as people write it: axes.objective.0."""
-    return ".".join(map(str, location))
+    return ".".join(_short(word if (word := str(step)).isprintable() else repr(word)) for step in location)
 
 
 def read_text(path: Path) -> str:
     """The text of a file. Raises InputError if it is not there, or no UTF-8 text."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return text_of(path.read_bytes(), path)
     except FileNotFoundError:
         siblings = sorted(p.name for p in path.parent.glob(f"*{path.suffix or '.yaml'}"))
         raise InputError(f"{path}: no such file{choices(path.name, siblings) if siblings else ''}") from None
     except IsADirectoryError:
         files = ", ".join(sorted(str(p) for p in path.glob("*.yaml")))
         raise InputError(f"{path}: is a folder, expected a file{f' such as {files}' if files else ''}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: got the byte 0x{error.object[error.start]:02x}, expected UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def text_of(content: bytes, path: Path, first: int = 1) -> str:
+    """The text of a file's content, or of its lines from `first` on. Raises InputError with file and line."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + first
+        raise InputError(f"{path}:{line}: got the byte 0x{content[error.start]:02x}, expected UTF-8") from None
+
+
+def parse_json(text: str, where: str, *, first: int = 1) -> dict[str, Any]:
+    """A JSON object; `where` is its file, `first` its first line there. Raises InputError with file and line."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}:{first + error.lineno - 1}: cannot be read as JSON: {error.msg}") from None
+    except RecursionError:
+        raise InputError(f"{where}:{first}: cannot be read as JSON: values are nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{where}:{first}: cannot be read as JSON: {_one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{where}:{first}: got {shown(data)}, expected a JSON object")
+    return data
+
+
+def _one_line(error: Exception) -> str:
+    return _short(" ".join(str(error).split()), 200) or type(error).__name__
+
+
+def _unreadable(yaml: YAML, node: Node | None) -> int:
+    """The line of the first single value that its tag or form does not allow; 1 where there is none."""
+    if isinstance(node, SequenceNode | MappingNode):
+        parts = node.value if isinstance(node, SequenceNode) else [part for pair in node.value for part in pair]
+        return next((line for part in parts if (line := _unreadable(yaml, part)) > 1), 1)
+    try:
+        yaml.constructor.construct_object(node)
+    except Exception:
+        return int(node.start_mark.line) + 1 if node else 1
+    return 1
 
 
 def _marked(error: MarkedYAMLError) -> str:
@@ -147,7 +220,7 @@ def _marked(error: MarkedYAMLError) -> str:
         problem = f"{error.context}, {problem}"
     elif mark and error.context_mark and error.context_mark.line != mark.line:
         problem += f" {error.context} that starts in line {error.context_mark.line + 1}"
-    return f"{mark.line + 1 if mark else 1}: not valid YAML: {' '.join(problem.split())}"
+    return f"{mark.line + 1 if mark else 1}: not valid YAML: {_short(' '.join(problem.split()), 300)}"
 
 
 def _child(node: Node | None, step: int | str) -> tuple[Node, Node] | None:

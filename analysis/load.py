@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ablate.json_lines import line_of
 from ablate.lock import is_locked
-from ablate.plan import Cell, Excluded
-from ablate.record import Ledger, Record, Status, read_json, read_metrics, read_record
-from ablate.source import InputError, as_yaml, choices
+from ablate.plan import Excluded
+from ablate.record import Ledger, PlannedCell, Record, Status, read_cell, read_metrics, read_plan, read_record
+from ablate.source import InputError, as_yaml, choices, read_text, shown
 
 KEYS = ["objective", "estimator", "sampler", "axes"]  # together they are a configuration; a seed makes it a cell
 FINISHED = (Status.DONE.value, Status.DIVERGED.value)  # statuses whose last evaluation is the cell's result
@@ -47,37 +46,12 @@ class Results:
     strays: tuple[str, ...]  # folders of cells that the plan does not hold
 
 
-class _Planned(BaseModel):
-    """What a report needs of a cell in plan.json."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-    id: str
-    objective: str
-    estimator: str
-    sampler: str
-    seed: int
-    axes: dict[str, Any] = {}
-
-
-class _PlanFile(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-    grid: str
-    order: dict[str, tuple[str, ...]] = {}
-    listed: bool = False
-    cells: tuple[_Planned, ...]
-    excluded: tuple[Excluded, ...] = ()
-
-
 def load(folder: Path) -> Results:
     """Read results/<grid>/. Raises InputError for a folder that is not results, and for files of another format."""
     path = folder / "plan.json"
     if not path.exists():
         raise InputError(f"{folder}: not a results folder, it has no plan.json{_nearby(folder)}")
-    data = read_json(path)
-    try:
-        plan = _PlanFile.model_validate(data)
-    except ValidationError as error:
-        raise _damaged(path, error) from None
+    plan = read_plan(folder)
     planned = {cell.id for cell in plan.cells}
     fields = tuple(dict.fromkeys(field for cell in plan.cells for field in cell.axes))
     names = _short_names(plan.cells) if plan.listed else {cell.id: " · ".join(_parts(cell)) for cell in plan.cells}
@@ -111,13 +85,15 @@ def values(results: Results, axis: str) -> list[str]:
     return sorted(present, key=lambda value: listed.index(value) if value in listed else len(listed))
 
 
-def _parts(planned: _Planned) -> list[str]:
+def _parts(planned: PlannedCell) -> list[str]:
     axes = axes_label(planned.axes)
     return [planned.objective, planned.estimator, planned.sampler, *([axes] if axes else [])]
 
 
-def _short_names(cells: Sequence[_Planned]) -> dict[str, str]:
+def _short_names(cells: Sequence[PlannedCell]) -> dict[str, str]:
     """Names of single combinations by cell id: the recipe, or else the components, and what else tells them apart."""
+    if not cells:
+        return {}
     told = ["recipe"] if "recipe" in cells[0].axes else KEYS[:3]
     described = {
         cell.id: {
@@ -135,15 +111,14 @@ def _short_names(cells: Sequence[_Planned]) -> dict[str, str]:
     return names
 
 
-def _cell(planned: _Planned, name: str, folder: Path) -> dict[str, Any]:
-    try:
-        record = read_record(folder)
-        spec = Cell.model_validate(read_json(folder / "cell.json")) if (folder / "cell.json").exists() else None
-    except ValidationError as error:
-        raise _damaged(folder, error) from None
-    for found in (record, spec):
+def _cell(planned: PlannedCell, name: str, folder: Path) -> dict[str, Any]:
+    record = read_record(folder)
+    spec = read_cell(folder) if (folder / "cell.json").exists() else None
+    for file, found in (("record.json", record), ("cell.json", spec)):
         if found is not None and found.id != planned.id:
-            raise InputError(f"{folder}: holds the cell {found.id!r}; was the folder renamed or copied?")
+            path = folder / file
+            where = f"{path}:{line_of(read_text(path), ('id',))}"
+            raise InputError(f"{where}: is of the cell {shown(found.id)}; was the folder renamed or copied?")
     return {
         **dict(zip(KEYS, [*_parts(planned)[:3], axes_label(planned.axes)], strict=True)),
         **{field: str(value) for field, value in planned.axes.items()},
@@ -174,33 +149,23 @@ def _ending(record: Record | None, folder: Path) -> dict[str, Any]:
 
 def _metrics(cell: str, folder: Path) -> list[dict[str, Any]]:
     """Rows of a cell. A resumed cell writes epochs again: an epoch replaces all that was written from it on."""
-    path = folder / "metrics.jsonl"
-    try:
-        lines = read_metrics(folder)
-        kept: list[dict[str, Any]] = []
-        for line in lines:
-            while kept and kept[-1]["epoch"] >= line["epoch"]:
-                kept.pop()
-            kept.append(line)
-        return [
-            {"id": cell, **{key: line[key] for key in _METRICS[1:4]}, "metric": name, "value": float(value)}
-            for line in kept
-            for name, value in line.items()
-            if "/" in name and isinstance(value, int | float)
-        ]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: a line is not JSON: {error}") from None
-    except KeyError as error:
-        raise InputError(f"{path}: a line has no {error}") from None
+    kept: list[dict[str, Any]] = []
+    for number, line in enumerate(read_metrics(folder), start=1):
+        if missing := [key for key in _METRICS[1:4] if key not in line]:
+            raise InputError(f"{folder / 'metrics.jsonl'}:{number}: has no {missing[0]!r}")
+        while kept and kept[-1]["epoch"] >= line["epoch"]:
+            kept.pop()
+        kept.append(line)
+    return [
+        {"id": cell, **{key: line[key] for key in _METRICS[1:4]}, "metric": name, "value": float(value)}
+        for line in kept
+        for name, value in line.items()
+        if "/" in name and isinstance(value, int | float)
+    ]
 
 
 def _excluded(excluded: Excluded) -> dict[str, str]:
     return {**excluded.model_dump(include={*KEYS[:3], "reason"}), "axes": axes_label(excluded.axes)}
-
-
-def _damaged(path: Path, error: ValidationError) -> InputError:
-    problem = error.errors()[0]
-    return InputError(f"{path}: cannot be read: {'.'.join(map(str, problem['loc']))}: {problem['msg']}")
 
 
 def _nearby(folder: Path) -> str:

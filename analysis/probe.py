@@ -5,13 +5,13 @@ SNR = signal / noise is a ratio of means over seeds, each an unbiased estimate; 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 
+from ablate import probe_rows
 from ablate.probe_rows import BiasRow, GradientRow, LevelRow, LikelihoodRow, Measured
 from ablate.source import InputError
 from analysis import probe_figures as figures
@@ -26,9 +26,7 @@ NOTHING = 1e-9  # of a signal: noise below it is rounding
 
 def read_rows(folder: Path, kind: type[Measured]) -> pd.DataFrame:
     """One file of rows. Without the file, a frame of its columns without rows."""
-    path = folder / kind.file
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = [row.model_dump() for row in probe_rows.read_rows(folder / kind.file, kind)]
     return pd.DataFrame([row | {"axes": axes_label(row["axes"])} for row in rows], columns=list(kind.model_fields))
 
 

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from pydantic import ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import ValidationError, model_validator
 
-from ablate.recipe import Strict
+from ablate.recipe import Strict, recipe_fields
 from ablate.record import read_cell
-from ablate.source import InputError, counted
+from ablate.source import Source, counted, explain
 from analysis import effects, pairs
 from analysis.load import Results
 from analysis.tables import latex_escape, to_latex, to_markdown
@@ -41,6 +39,17 @@ class Published(Strict):
     protocol: tuple[str, ...]
     columns: dict[str, str]  # name there, metric here
     rows: tuple[Row, ...]
+
+    @model_validator(mode="after")
+    def _is_a_table(self) -> Published:
+        if not self.rows or not self.columns or not self.rows[0].names:
+            raise ValueError("expected columns, and rows with names")
+        for i, row in enumerate(self.rows):
+            if len(row.values) != len(self.columns):
+                raise ValueError(f"row {i} has {len(row.values)} values, expected {len(self.columns)}, one per column")
+            if row.names.keys() != self.rows[0].names.keys():
+                raise ValueError(f"row {i} has the names {', '.join(row.names)}, the first has others")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +85,11 @@ def load_published(folder: Path) -> dict[str, Published]:
     """Tables by name; none where there is no such folder. Raises InputError for a damaged one."""
     tables = {}
     for path in sorted(folder.glob("*.yaml")):
+        source = Source.read(path)
         try:
-            tables[path.stem] = Published.model_validate(
-                YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-            )
-        except (ValidationError, YAMLError) as error:
-            raise InputError(f"{path}: cannot be read as a published table: {error}") from None
+            tables[path.stem] = Published.model_validate(source.data)
+        except ValidationError as error:
+            raise explain(error, Published, source) from None
     return tables
 
 
@@ -141,7 +149,7 @@ def _configuration(results: Results, match: dict[str, str]) -> str | None:
 def _fixed(results: Results, id: str, field: str) -> str | None:
     """A field of a cell's recipe by its dotted path; None if there is none, or the cell was never started."""
     folder = results.folder / id
-    if "." not in field or not (folder / "cell.json").exists():
+    if field not in recipe_fields() or "." not in field or not (folder / "cell.json").exists():
         return None
     return str(operator.attrgetter(field)(read_cell(folder).recipe))
 

@@ -50,6 +50,8 @@ def evaluate_cells(
         trained = [*_exported(results, ids), *trained]
     for name in rewards:
         _check(name)
+    for one in trained if not rewards else ():
+        _check_own(one)
     scoring = _Scoring(target=results / "evaluations", asked=rewards)
     for spec in scoring.wanted([one.cell for one in trained]):
         scoring.load(spec)
@@ -120,6 +122,13 @@ def _check(name: str) -> None:
         load_reward(name)
     except FieldError as error:
         raise InputError(f"--reward {name}: {error}") from None
+
+
+def _check_own(trained: _Trained) -> None:
+    try:
+        load_reward(trained.cell.recipe.reward)
+    except FieldError as error:
+        raise InputError(f"{trained.folder / 'cell.json'}: recipe.reward: {error}") from None
 
 
 def _called(spec: RewardSpec) -> str:

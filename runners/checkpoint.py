@@ -1,9 +1,12 @@
-"""Checkpoints of a cell: written whole or not at all; the newest intact one counts, and the one before is kept."""
+"""Checkpoints of a cell: written whole or not at all; the newest intact one counts, and the one before is kept.
+
+Tensors and plain values in a file of torch.save, as safetensors has no place for the state of an optimizer. It is read
+with weights_only=True, which knows no other types and so runs no code; weights for others are safetensors (export.py).
+"""
 
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ from ablate.source import InputError
 from runners.policy import SD3Policy
 
 NEWEST_FIRST = ("state.pt", "before.pt")
+KEYS = {"epoch", "update", "metrics_bytes", "target_reached", "cost", "pending", "policy", "optimizer", "scaler"}
 
 
 @dataclass(kw_only=True)
@@ -98,7 +102,9 @@ def _intact(files: Sequence[Path], device: torch.device) -> dict[str, Any] | Non
             continue
         try:
             state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            if not isinstance(state, dict) or not state.keys() >= KEYS:
+                raise ValueError("not the state of a cell")
+        except Exception as error:  # whatever a damaged file makes torch raise
             print(f"{file} is damaged and left out ({type(error).__name__})", file=sys.stderr)
             continue
         return state

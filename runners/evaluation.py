@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from ablate.flow import diffusers_sigmas
 from ablate.recipe import EvaluationRecipe
 from ablate.record import write_atomic
 from ablate.samplers.ode import ODE
+from ablate.secrets import redacted
 from ablate.seeding import streams
 from runners.memory import in_memory
 from runners.policy import SD3Policy
@@ -73,7 +75,7 @@ def measure_panel(run: Run, images: Images, prompts: Sequence[Prompt]) -> dict[s
         outputs = []
         if not measure.compares or run.world.main:
             outputs = [scorer(shown, of)]
-            label = f"panel-{name.replace(':', '-')}-{run.progress.epoch}-{run.world.rank}"
+            label = f"panel-{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}-{run.progress.epoch}-{run.world.rank}"
             keep_unscored(run.folder, [shown], of, outputs[0], label)
         output = joined([o for share in run.world.everyone(outputs) for o in share])
         score = output.score[~output.missing]
@@ -90,7 +92,11 @@ def keep_pictures(run: Run, images: NDArray[np.uint8], prompts: Sequence[Prompt]
     picture = "after" if run.progress.epoch else "before"
     contact_sheet(images).save(run.folder / "samples" / f"{picture}.png")
     said = [
-        {"prompt": prompts[i].text, "score": None if scores.missing[i] else float(score), "reason": scores.reason(i)}
+        {
+            "prompt": prompts[i].text,
+            "score": None if scores.missing[i] else float(score),
+            "reason": redacted(scores.reason(i)),
+        }
         for i, score in enumerate(scores.score[: len(images)])
     ]
     lines = [json.dumps(line) + "\n" for line in said]

@@ -7,12 +7,12 @@ of GenEval's 553 prompts. What a held-out prompt asks for is never trained on, i
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from runners.prompts import Prompt, Requirement, in_turn
+from runners.prompts import RELATIONS, Prompt, Requirement, both, in_turn
 
 # in COCO's order, as GenEval's prompts name them
 CLASSES = (
@@ -27,11 +27,10 @@ CLASSES = (
     "hair drier", "toothbrush",
 )  # fmt: skip
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"right of": "left of", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
-TRAIN_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
+RELEASED_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
 # prompts of each of the two held-out splits: half of GenEval's, as there are no more than 80 single objects
 HELD_OUT = {"single_object": 40, "two_object": 50, "counting": 40, "colors": 47, "position": 50, "color_attr": 50}
 HELD_OUT_SEED = 0
@@ -44,22 +43,31 @@ class GenEvalPrompts:
     """
 
     identity: ClassVar[str] = "geneval-1"  # part of every cell id
+    mix: ClassVar[Mapping[str, int]] = RELEASED_MIX  # weights of the families in training
 
     def __init__(self, held_out: Sequence[Prompt] | None = None) -> None:
         self._splits = own_splits() if held_out is None else in_turn(held_out)
         self._never = {meaning(prompt) for prompts in self._splits.values() for prompt in prompts}
-        weights = np.array(list(TRAIN_MIX.values()), float)
+        weights = np.array(list(self.mix.values()), float)
         self._bounds = weights.cumsum() / weights.sum()
 
     def train(self, num_prompts: int, generator: np.random.Generator) -> list[Prompt]:
         """Each family as often as its weight says, to within one."""
         places = (np.arange(num_prompts) + generator.random()) / num_prompts
         families = np.searchsorted(self._bounds, generator.permuted(places), side="right")
-        return [_draw_new(list(TRAIN_MIX)[family], generator, self._never) for family in families]
+        return [_draw_new(list(self.mix)[family], generator, self._never) for family in families]
 
     def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
+        if split not in self._splits:  # `all` of its own
+            return both(self.fixed, num_prompts)
         own = self._splits[split]
         return [own[i % len(own)] for i in range(num_prompts if own else 0)]
+
+
+class EqualGenEvalPrompts(GenEvalPrompts):
+    """The same, where every family is trained on equally often, but for single objects, which are all held out."""
+
+    mix: ClassVar[Mapping[str, int]] = {tag: int(weight > 0) for tag, weight in RELEASED_MIX.items()}
 
 
 def own_splits() -> dict[str, list[Prompt]]:

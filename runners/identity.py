@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from functools import cache
 from importlib import resources
 from pathlib import Path
 
 from ablate.recipe import PromptsRecipe, Recipe, RewardSpec
 from ablate.source import FieldError, InputError, choices
+from runners.digest import DIGITS, digest, file_digest, weights_sha256
 from runners.prompts import BUILT_IN, load_prompts, read_prompts
 from runners.rewards import RewardUnavailable, load_reward
 
@@ -22,16 +21,21 @@ def identify(recipe: Recipe) -> dict[str, str]:
     """
     panel = recipe.evaluation.panel
     return {
-        "reward": _reward(recipe.reward, "reward"),
-        **({"panel": _reward(panel, "evaluation.panel")} if panel else {}),
+        "reward": _reward(recipe, recipe.reward, "reward"),
+        **({"panel": _reward(recipe, panel, "evaluation.panel")} if panel else {}),
         "model": _model(recipe.model.path),
         **_prompts(recipe.prompts),
     }
 
 
-def _reward(spec: RewardSpec, field: str) -> str:
+def _reward(recipe: Recipe, spec: RewardSpec, field: str) -> str:
+    reward, limit = load_reward(spec, field), recipe.scoring.timeout
+    for name, each in reward.rewards.items():
+        if each.patience is not None and each.patience >= limit:
+            patience = f"expected more than {each.patience:g}, the max_seconds of {name}, which ends by itself then"
+            raise FieldError("scoring.timeout", f"got {limit:g}, {patience}")
     try:
-        return load_reward(spec, field).identity
+        return reward.identity
     except RewardUnavailable as error:  # a folder that is named and has no weights in it
         raise FieldError(field, str(error)) from None
 
@@ -56,7 +60,7 @@ def _prompts(recipe: PromptsRecipe) -> dict[str, str]:
         except InputError as error:
             builtin = f"; built in: {', '.join(BUILT_IN)}" if part == "train" and not Path(file).exists() else ""
             raise FieldError(f"prompts.{part}", f"{error}{builtin}") from None
-        hashes[f"prompts.{part}"] = _digest(Path(file))
+        hashes[f"prompts.{part}"] = file_digest(Path(file))
     return hashes
 
 
@@ -78,8 +82,8 @@ def _model(path: str) -> str:
     weights = [file for file in weight_files(folder / "transformer") if file.exists()]
     if not weights:  # on the hub, where the recipe's revision identifies it
         return path
-    digests = [_digest(file) for file in weights]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+    digests = [weights_sha256(file)[:DIGITS] for file in weights]
+    return digests[0] if len(digests) == 1 else digest("".join(digests))
 
 
 def weight_files(part: Path) -> list[Path]:
@@ -93,15 +97,3 @@ def weight_files(part: Path) -> list[Path]:
     except (ValueError, KeyError, AttributeError):
         raise InputError(f"{index}: not an index of weights, as save_pretrained writes it") from None
     return [index, *(single.with_name(name) for name in shards)]
-
-
-def _digest(file: Path) -> str:
-    """12 hex digits of a file's content, which is read once per process unless the file changes."""
-    there = file.stat()
-    return _digest_of(file, there.st_size, there.st_mtime_ns)
-
-
-@cache
-def _digest_of(path: Path, *_: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

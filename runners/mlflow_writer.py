@@ -2,8 +2,8 @@
 
 Two tags say how far a run is: `ablate.claimed` (count and hash of lines of metrics.jsonl) is written before the points
 of these lines, `ablate.synced_lines` after them. Whoever continues sends what lies between once more, and MLflow keeps
-one of equal (name, step, timestamp, value). A resumed cell rewrites its last epochs; a run whose claimed lines are not
-those of the file any more is deleted and built again.
+one of equal (name, step, timestamp, value). A resumed cell continues its run. One that was killed does its epochs since
+the checkpoint again; a run that has points of these is deleted and built again, with the tags that people gave it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ablate.plan import Cell
 from ablate.probe_rows import FOLDER as PROBE
-from ablate.record import Record, Status, read_json, read_record
-from ablate.source import InputError
+from ablate.record import Record, Status, parse_metrics, read_cell, read_plan, read_record
+from ablate.secrets import without_secrets
+from ablate.source import InputError, parse_json, shown, text_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 METRICS_PER_BATCH, PARAMS_PER_BATCH, VALUE_LENGTH = 1000, 100, 500  # what every MLflow server accepts
 RUN_STATUS = {Status.DONE: "FINISHED", Status.DIVERGED: "FINISHED", Status.INTERRUPTED: "KILLED"}  # others: FAILED
 FILES = ("cell.json", "metrics.jsonl", "attempts.jsonl", "record.json")
+LATEST = 2**40  # seconds since 1970 that MLflow's columns can hold
+NOTE = "mlflow.note.content"  # the description that people write on a run's page
 REPORT = "report"  # folder of figures, and the name of their run
 PROBED = ("snr", "total_snr", "cosine", "effective_points", "largest_share", "calls", "seconds")  # by points
 
@@ -52,6 +55,7 @@ class _Run:
     id: str
     start: int  # milliseconds since 1970
     status: str = "RUNNING"
+    end: int | None = None  # likewise; None while it runs
     tags: dict[str, str] = field(default_factory=dict)
     params: set[str] = field(default_factory=set)
     stamps: list[tuple[Path, int, int]] = field(default_factory=list)  # of the files it was last written from
@@ -84,9 +88,9 @@ class Writer:
         for name in ("plan.json", "grid.yaml"):
             if not (results / name).is_file():
                 raise InputError(f"{results}: not a results folder, it has no {name}")
-        plan = read_json(results / "plan.json")
-        self.results, self.grid = results, str(plan["grid"])
-        self.cells = [str(cell["id"]) for cell in plan["cells"]]
+        plan = read_plan(results)
+        self.results, self.grid = results, plan.grid
+        self.cells = [cell.id for cell in plan.cells]
         self.grid_sha = hashlib.sha256((results / "grid.yaml").read_bytes()).hexdigest()[:12]
         self.client = _client(uri)
         # two results folders of one grid can share a server under two names; a server has its own place for artifacts
@@ -99,10 +103,18 @@ class Writer:
         self.runs = self._find()
 
     def write(self) -> SyncSummary:
-        started = [id for id in self.cells if _has_begun(self.results / id)]
-        num_points = sum(self._write_cell(id) for id in started)
+        """Send what is new. Raises InputError for damaged files, one line each, once all others are sent."""
+        num_points, damaged = 0, []
+        for id in self.cells:
+            if _has_begun(self.results / id):
+                try:
+                    num_points += self._write_cell(id)
+                except InputError as error:
+                    damaged.append(str(error))
         self._write_folder(REPORT)
         self._write_probe()
+        if damaged:
+            raise InputError("\n".join(damaged))
         runs = {id: self.runs[id].id for id in self.cells if id in self.runs}
         return SyncSummary(self.experiment_id, self.experiment, runs, num_points)
 
@@ -117,7 +129,8 @@ class Writer:
                 if name in runs:
                     self.client.delete_run(info.run_id)
                 else:
-                    runs[name] = _Run(info.run_id, info.start_time, info.status, dict(data.tags), set(data.params))
+                    end = None if info.status == "RUNNING" else info.end_time
+                    runs[name] = _Run(info.run_id, info.start_time, info.status, end, dict(data.tags), set(data.params))
             token = page.token or ""
         return runs
 
@@ -131,17 +144,19 @@ class Writer:
         folder = self.results / id
         cell, metrics, attempts, record = (folder / name for name in FILES)
         files = [cell, metrics, attempts, record, *_files(folder / "samples")]
-        starts = [json.loads(line)["started"] for line in _lines(attempts)] or [cell.stat().st_mtime]
+        starts = read_starts(folder) or [cell.stat().st_mtime]
         run = self.runs.get(id) or self._create(id, starts[0], kind="cell", cell=id)
         if not run.changed(files):
             return 0
         lines = _lines(metrics)
         if not run.comes_from(lines):
             self.client.delete_run(run.id)
+            given = {key: value for key, value in run.tags.items() if not key.startswith("ablate.")}
             run = self._create(id, starts[0], kind="cell", cell=id)
+            self._tag(run, {key: value for key, value in given.items() if key == NOTE or not key.startswith("mlflow.")})
             run.changed(files)
-        self._write_params(run, Cell.model_validate(read_json(cell)))
-        num_points = self._write_lines(run, lines)
+        self._write_params(run, read_cell(folder))
+        num_points = self._write_lines(run, lines, metrics)
         self._write_artifacts(run, folder / "samples")
         ended = read_record(folder)
         self._write_status(run, ended if ended and ended.attempts >= len(starts) else None)  # else it is running again
@@ -155,9 +170,13 @@ class Writer:
             self.client.log_batch(run.id, params=batch)
         run.params.update(param.key for param in params)
 
-    def _write_lines(self, run: _Run, lines: list[bytes]) -> int:
-        new = lines[int(run.tags.get("ablate.synced_lines", 0)) :]
-        points = [point for line in new for point in _points(json.loads(line), run.start)]
+    def _write_lines(self, run: _Run, lines: list[bytes], path: Path) -> int:
+        synced = int(run.tags.get("ablate.synced_lines", 0))
+        new = [
+            parse_metrics(text_of(line, path, number), path, number)
+            for number, line in enumerate(lines[synced:], start=synced + 1)
+        ]
+        points = [point for line in new for point in _points(line, run.start)]
         self._tag(run, {"ablate.claimed": _claim(lines)})
         for batch in _batches(points, METRICS_PER_BATCH):
             self.client.log_batch(run.id, metrics=batch)
@@ -165,18 +184,19 @@ class Writer:
         return len(points)
 
     def _write_status(self, run: _Run, record: Record | None) -> None:
-        tags, status = {"ablate.grid_sha": self.grid_sha, "ablate.status": "running"}, "RUNNING"
+        """The state of a cell, which has no record while it runs."""
+        tags, status, end = {"ablate.status": "running"}, "RUNNING", None
         if record:
             commit = record.provenance.commit if record.provenance else None
-            tags |= {"ablate.status": record.status.value, "ablate.commit": commit or "unknown"}
+            tags = {"ablate.status": record.status.value, "ablate.commit": commit or "unknown"}
             tags |= {"ablate.message": record.message[:VALUE_LENGTH]}
-            status = RUN_STATUS.get(record.status, "FAILED")
-        self._tag(run, tags)
-        if status != run.status and record:
-            self.client.set_terminated(run.id, status, run.last_change)
+            status, end = RUN_STATUS.get(record.status, "FAILED"), run.last_change
+        self._tag(run, {"ablate.grid_sha": self.grid_sha, "ablate.commit": "", "ablate.message": "", **tags})
+        if end is not None and (status, end) != (run.status, run.end):
+            self.client.set_terminated(run.id, status, end)
         elif status != run.status:
             self.client.update_run(run.id, status)
-        run.status = status
+        run.status, run.end = status, end
 
     def _write_folder(self, name: str) -> _Run | None:
         """A folder of tables and figures as a run of its own; None if there is nothing new in it."""
@@ -217,23 +237,30 @@ class Writer:
         """A folder, if the run does not hold it as it is."""
         contents = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in _files(folder)))
         if _files(folder) and run.tags.get(f"ablate.{folder.name}") != contents.hexdigest():
-            self.client.log_artifacts(run.id, str(folder), folder.name)
+            for file in _files(folder):  # and not the folder, which may hold links to files elsewhere
+                self.client.log_artifact(run.id, str(file), str(file.parent.relative_to(folder.parent)))
             self._tag(run, {f"ablate.{folder.name}": contents.hexdigest()})
 
     def _tag(self, run: _Run, tags: dict[str, str]) -> None:
+        """Give a run these tags; one with an empty value is taken away."""
         from mlflow.entities import RunTag
 
         changed = {key: value for key, value in tags.items() if run.tags.get(key, "") != value}
-        if changed:
-            self.client.log_batch(run.id, tags=[RunTag(key, value) for key, value in changed.items()])
-            run.tags.update(changed)
+        if news := {key: value for key, value in changed.items() if value}:
+            self.client.log_batch(run.id, tags=[RunTag(key, value) for key, value in news.items()])
+        for key in changed.keys() - news.keys():
+            self.client.delete_tag(run.id, key)
+            del run.tags[key]
+        run.tags.update(news)
 
 
 def cell_params(cell: Cell) -> dict[str, str]:
     """A resolved cell as flat params: the axes under their own names, then `components.objective.clip_range`, ..."""
     axes = {"objective": cell.objective, "estimator": cell.estimator, "sampler": cell.sampler, "seed": cell.seed}
     rest = cell.model_dump(mode="json", include={"components", "recipe", "versions"})
-    return dict(pair for key, value in {**axes, **cell.axes, **rest}.items() for pair in _flat(key, value))
+    # a cell.json need not come from a grid, where secrets are refused
+    values = {key: without_secrets(key, value) for key, value in {**axes, **cell.axes, **rest}.items()}
+    return dict(pair for key, value in values.items() for pair in _flat(key, value))
 
 
 def _flat(path: str, value: object) -> Iterator[tuple[str, str]]:
@@ -265,6 +292,18 @@ def _claim(lines: list[bytes]) -> str:
     return f"{len(lines)} {hashlib.sha256(b''.join(lines)).hexdigest()}"
 
 
+def read_starts(folder: Path) -> list[float]:
+    """When a cell was started, in seconds since 1970. Raises InputError with file and line."""
+    path = folder / "attempts.jsonl"
+    starts = []
+    for number, line in enumerate(_lines(path), start=1):
+        started: object = parse_json(text_of(line, path, number), str(path), first=number).get("started")
+        if isinstance(started, bool) or not isinstance(started, int | float) or not 0 <= started < LATEST:
+            raise InputError(f"{path}:{number}: started: got {shown(started)}, expected seconds since 1970")
+        starts.append(float(started))
+    return starts
+
+
 def _lines(path: Path) -> list[bytes]:
     """The complete lines of a file, without one that is still being written."""
     return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
@@ -285,7 +324,9 @@ def _client(uri: str) -> MlflowClient:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    """The files below a folder, none of which is a link: it may lead out of the results."""
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return sorted(path for path in found if path.resolve() == folder.parent.resolve() / path.relative_to(folder.parent))
 
 
 def is_server(uri: str) -> bool:

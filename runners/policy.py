@@ -238,7 +238,11 @@ def _load(recipe: ModelRecipe) -> StableDiffusion3Pipeline:
     transformers_logging.disable_progress_bar()
     try:
         return StableDiffusion3Pipeline.from_pretrained(
-            model_path(recipe.path), revision=recipe.revision, dtype=getattr(torch, recipe.dtype), **without_t5
+            model_path(recipe.path),
+            revision=recipe.revision,
+            dtype=getattr(torch, recipe.dtype),
+            use_safetensors=True,
+            **without_t5,
         )
     except OSError as error:
         raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,8 @@ from typing import Any
 from ablate.plan import FORMAT, Cell
 from ablate.source import InputError
 from runners import probe_model, probe_worlds
+from runners.digest import digest as text_digest
+from runners.digest import file_digest
 from runners.export import WEIGHTS, weights_file
 
 BASE = "base"
@@ -128,15 +129,14 @@ def identity(cell: Cell) -> dict[str, Any]:
 
 
 def digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return text_digest(json.dumps(parts, sort_keys=True, default=str))
 
 
 def _mark(weights: Weights, cell: Cell) -> str:
     """What tells weights from others: the digest of their file."""
     if weights.folder is None:
         return BASE
-    with file_of(weights.folder, cell).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return file_digest(file_of(weights.folder, cell))
 
 
 def file_of(folder: Path, cell: Cell) -> Path:

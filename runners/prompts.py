@@ -7,26 +7,52 @@ that a reward can judge an image without parsing the sentence.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from ablate.recipe import PromptsRecipe, Recipe
 from ablate.source import InputError, counted, dotted, problems, read_text
 
+Relation = Literal["left of", "right of", "above", "below"]
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+
+
+class _Placed(Protocol):
+    @property
+    def position(self) -> tuple[str, int] | None: ...
+
+
+Entry = TypeVar("Entry", bound=_Placed)
+
+
+def _of_earlier_entries(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """Raises ValueError where a position is not relative to an earlier entry."""
+    for i, entry in enumerate(entries):
+        if entry.position and entry.position[1] >= i:
+            expected = "expected the index of an earlier entry"
+            raise ValueError(f"include.{i}.position.1: got {entry.position[1]}, {expected}")
+    return entries
+
 
 @dataclass(frozen=True, kw_only=True)
 class Requirement:
-    """`count` objects of class `cls`; optionally of one colour, or placed relative to the group `position[1]`."""
+    """`count` objects of class `cls`; optionally of one colour, or placed relative to the group `position[1]`.
+
+    What the fields allow holds for those that come from outside; Python's own are taken as they are.
+    """
 
     cls: str
-    count: int
+    count: Count
     color: str | None = None
-    position: tuple[str, int] | None = None  # ("left of", index of the requirement it is left of)
+    position: tuple[Relation, Index] | None = None  # ("left of", index of the requirement it is left of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +61,20 @@ class Prompt:
 
     text: str
     tag: str = "text"
-    include: tuple[Requirement, ...] = ()
+    include: Annotated[tuple[Requirement, ...], AfterValidator(_of_earlier_entries)] = ()
     exclude: tuple[Requirement, ...] = ()
     group: int = 0  # which draw of the prompt an image belongs to: images of one are compared with each other
 
 
 class PromptSource(Protocol):
-    """Training prompts without end, and two fixed lists that no training step sees."""
+    """Training prompts without end, and fixed lists that no training step sees: two halves, or `all` of them."""
 
     identity: ClassVar[str]  # part of a cell id; empty where the reward's or the files' says it
 
     def train(self, num_prompts: int, generator: np.random.Generator) -> list[Prompt]: ...
 
     def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
-        """The first `num_prompts` of the `development` or `evaluation` split: always the same ones."""
+        """The first `num_prompts` of the split `development`, `evaluation` or `all`: always the same ones."""
         ...
 
 
@@ -70,18 +96,28 @@ class ListedPrompts:
 
 
 def in_turn(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-    """Different sentences go in turn to the development and the evaluation split, repetitions with them."""
+    """Different sentences go in turn to the development and the evaluation split, repetitions with them.
+
+    `all` is every one in its order.
+    """
     turn = {text: i % 2 for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
-    splits = enumerate(("development", "evaluation"))
-    return {split: [p for p in prompts if turn[p.text] == own] for own, split in splits}
+    halves = enumerate(("development", "evaluation"))
+    return {"all": list(prompts)} | {split: [p for p in prompts if turn[p.text] == own] for own, split in halves}
+
+
+def both(fixed: Callable[[str, int], list[Prompt]], num_prompts: int) -> list[Prompt]:
+    """The first prompts of both splits in turn: `all` of a source with held-out prompts of its own."""
+    halves = fixed("development", (num_prompts + 1) // 2), fixed("evaluation", num_prompts // 2)
+    return [prompt for pair in itertools.zip_longest(*halves) for prompt in pair if prompt is not None]
 
 
 BUILT_IN: Mapping[str, str] = {
     "scenes": "runners.tiny.scenes:ScenePrompts",
     "geneval": "runners.geneval_prompts:GenEvalPrompts",
+    "geneval:equal": "runners.geneval_prompts:EqualGenEvalPrompts",
     "ocr": "runners.ocr_prompts:OCRPrompts",
 }
-HELD_OUT_BY_FILE = ("geneval",)  # of these, those whose held-out prompts a file can replace
+HELD_OUT_BY_FILE = ("geneval", "geneval:equal")  # of these, those whose held-out prompts a file can replace
 
 
 def load_prompts(recipe: PromptsRecipe) -> PromptSource:
@@ -138,9 +174,9 @@ class _Item(BaseModel):
     """An entry of `include` or `exclude` in GenEval's files."""
 
     cls: str = Field(alias="class")
-    count: int = Field(ge=1)
+    count: Count
     color: str | None = None
-    position: tuple[Literal["left of", "right of", "above", "below"], Annotated[int, Field(ge=0)]] | None = None
+    position: tuple[Relation, Index] | None = None
 
 
 class _Line(BaseModel):
@@ -153,10 +189,7 @@ class _Line(BaseModel):
 
     @model_validator(mode="after")
     def _known_targets(self) -> _Line:
-        for i, item in enumerate(self.include):
-            if item.position and item.position[1] >= i:
-                expected = "expected the index of an earlier entry"
-                raise ValueError(f"include.{i}.position.1: got {item.position[1]}, {expected}")
+        _of_earlier_entries(self.include)
         return self
 
     def to_prompt(self) -> Prompt:

@@ -24,7 +24,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ablate.source import InputError, dotted
+from runners.digest import digest
 from runners.prompts import Prompt
+from runners.rewards.http import SHOWN
 from runners.rewards.png import from_base64
 from runners.rewards.protocol import Images, Reward, RewardOutput
 from runners.scoring import score
@@ -60,7 +62,8 @@ class RewardServer:
     busy: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     def __post_init__(self) -> None:
-        self.identity = f"{self.reward.identity} {self.reward.fingerprint()}".strip()
+        identity = f"{self.reward.identity} {self.reward.fingerprint()}".strip()
+        self.identity = identity if len(identity) <= SHOWN else f"{identity[: SHOWN - 16]}... {digest(identity)}"
 
     @property
     def application(self) -> Starlette:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ablate.record import write_atomic
+from ablate.secrets import redacted
 from runners.prompts import Prompt
 from runners.rewards.groups import groups, whole_groups
 from runners.rewards.protocol import Images, RewardOutput, RewardUnavailable, joined, missing
@@ -174,7 +175,7 @@ def keep_unscored(
     lines = []
     room = min(KEPT, KEPT_IN_ALL - len(list(target.glob("*.png"))))
     for number, row in enumerate(rows):
-        line = {"image": f"{name}-{row}.png", "prompt": prompts[row].text, "reason": output.reason(row)}
+        line = {"image": f"{name}-{row}.png", "prompt": prompts[row].text, "reason": redacted(output.reason(row))}
         lines.append(json.dumps(line) + "\n")
         if number < room:
             Image.fromarray(everything[row]).save(target / f"{name}-{row}.png")

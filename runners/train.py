@@ -13,6 +13,7 @@ from pathlib import Path
 from ablate.advantages import advantages
 from ablate.geometry import check_devices
 from ablate.record import Record, Status, read_cell, read_metrics, read_spent, write_atomic
+from ablate.secrets import redacted
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.collect import collect
@@ -91,7 +92,7 @@ def _first_to_fail(folder: Path) -> bool:
     """Write the traceback, unless another process has: where one fails, the others fail for want of it."""
     try:
         with (folder / "traceback.txt").open("x") as file:
-            file.write(traceback.format_exc())
+            file.write(redacted(traceback.format_exc()))
     except FileExistsError:
         return False
     return True

@@ -146,10 +146,10 @@ def results(tmp_path: Path) -> Path:
 
 
 DAMAGE = {
-    "plan of another version": ("plan.json", '{"format": 7}', ["plan.json: results of format 7", "reads format 1"]),
+    "plan of another version": ("plan.json", '{"format": 7}', ["plan.json:1: results of format 7", "reads format 1"]),
     "plan cut short": ("plan.json", '{"format": 1,', ["plan.json:1: cannot be read as JSON"]),
     "plan that is a list": ("plan.json", "[]", ["plan.json:1: got []"]),
-    "record of another version": ("*/record.json", '{"format": 0}', ["record.json: results of format 0"]),
+    "record of another version": ("*/record.json", '{"format": 0}', ["record.json:1: results of format 0"]),
     "record cut short": ("*/record.json", '{"format"', ["record.json:1: cannot be read as JSON"]),
     "record without a seed": ("*/record.json", '{"format": 1, "id": "x", "status": "done"}', ["record.json", "seed"]),
 }
@@ -206,7 +206,7 @@ def test_a_damaged_cell_is_one_line(ablate: Command, results: Path) -> None:
     path.write_text('{"format": 1, "id": "x"}')
     code, out, err = ablate("cell", path.parent)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert "cell.json: cannot be read: grid" in err
+    assert "cell.json:1: cannot be read: grid" in err
 
 
 def test_status_and_dry_run_show_where_each_cell_is(ablate: Command, results: Path) -> None:

@@ -27,6 +27,7 @@ from ablate.forecast import plan_json
 from ablate.grid import load_grid
 from ablate.objectives.paper import EPG
 from ablate.plan import Plan, make_plan
+from ablate.plugins import trust
 from ablate.probe_rows import BiasRow, GradientRow, LevelRow, LikelihoodRow, Measured
 from ablate.recipe import Recipe
 from ablate.record import Ledger, Status
@@ -138,7 +139,7 @@ def test_the_listed_presets_in_the_docs_plan(grids: Path) -> None:
 @pytest.fixture
 def examples(grids: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The components of docs/adding.md as modules that can be imported, one grid for each."""
-    monkeypatch.syspath_prepend(str(grids))
+    trust(grids)
     modules = [code for code in blocks("adding.md", "python") if code.startswith("# my_")]
     for code, usage in zip(modules, blocks("adding.md", "yaml"), strict=True):
         assert len(code.splitlines()) <= 21, "the file's name and 20 lines"

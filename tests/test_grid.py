@@ -94,7 +94,7 @@ IN_THE_GRID = {
     "refused by the component": ("[ode]", "[{name: mixed, window: 0}]", 7, ["mixed", "at least 1"]),
     "no such module": ("grpo", "no_such_module:X", 5, ["'no_such_module:X' cannot be imported"]),
     "no such class": ("grpo", "ablate.objectives.grpo:GRP", 5, ["does not exist", "did you mean 'GRPO'?", "GSPO"]),
-    "class of another kind": ("grpo", "json:JSONDecoder", 5, ["'json:JSONDecoder' is no dataclass"]),
+    "class of another kind": ("grpo", "numpy:ndarray", 5, ["'numpy:ndarray' is no dataclass"]),
     "class of another axis": ("grpo", "ablate.samplers.ode:ODE", 5, ["no 'needs'", "objectives/protocol.py"]),
     "no class": ("grpo", "'json:'", 5, ["expected 'module:Class'"]),
     "empty axis": ("[grpo]", "[]", 5, ["axes.objective", "empty", "at least one"]),

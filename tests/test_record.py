@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from ablate.json_lines import line_of
 from ablate.record import (
     Ledger,
     Record,
@@ -17,7 +19,7 @@ from ablate.record import (
     read_record,
     write_atomic,
 )
-from ablate.source import InputError
+from ablate.source import InputError, Location
 
 
 def test_the_ledger_counts_what_training_costs() -> None:
@@ -71,7 +73,7 @@ def test_a_folder_without_a_cell(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no cell.json here; `ablate run GRID` writes it"):
         read_cell(tmp_path)
     (tmp_path / "cell.json").write_text('{"format": 1, "id": "a"}')
-    with pytest.raises(InputError, match=r"cell.json: cannot be read: grid: "):
+    with pytest.raises(InputError, match=r"cell.json:1: cannot be read: grid: "):
         read_cell(tmp_path)
 
 
@@ -82,10 +84,53 @@ def test_metrics_without_their_torn_last_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "part"), [("{", "a line is not JSON: line 2"), ("5", ":2: got 5, expected a JSON object")]
+    ("line", "part"), [("{", ":2: cannot be read as JSON"), ("5", ":2: got 5, expected a JSON object")]
 )
 def test_other_damage_in_metrics_is_an_error(tmp_path: Path, line: str, part: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{{"epoch": 0}}\n{line}\n{{"epoch": 2}}\n')
     with pytest.raises(InputError) as caught:
         read_metrics(tmp_path)
     assert part in str(caught.value)
+
+
+DOCUMENT = """\
+{"name": "a \\"b\\" {c",
+ "empty": [], "none": {},
+ "cells": [
+  {"id": 1, "axes":
+   {"x": null,
+    "y": "]"}},
+  {"id": 2,
+   "id": 3}
+ ]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("location", "line"),
+    [
+        ((), 1),
+        (("empty",), 2),
+        (("empty", 0), 2),
+        (("none", "x"), 2),
+        (("cells", 0, "axes", "x"), 5),
+        (("cells", 0, "axes", "y"), 6),
+        (("cells", 1), 7),
+        (("cells", 1, "id"), 8),
+        (("cells", 1, "seed"), 7),
+        (("cells", 2), 3),
+        (("name", 0), 1),
+        (("other", "id"), 1),
+    ],
+)
+def test_the_line_of_a_part_of_a_document_or_of_the_deepest_that_is_there(location: Location, line: int) -> None:
+    json.loads(DOCUMENT)
+    assert line_of(DOCUMENT, location) == line
+
+
+def test_a_value_that_cannot_be_is_named_with_its_line(tmp_path: Path) -> None:
+    text = Record(id="a", status=Status.DONE, seed=0).model_dump_json(indent=1)
+    (tmp_path / "record.json").write_text(text.replace('"forwards": 0', '"forwards": "many"'))
+    line = 1 + next(i for i, row in enumerate(text.splitlines()) if "forwards" in row)
+    with pytest.raises(InputError, match=rf"record.json:{line}: cannot be read: cost.forwards: .* got 'many'"):
+        read_record(tmp_path)

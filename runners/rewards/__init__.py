@@ -27,7 +27,7 @@ REWARDS: Mapping[str, str] = {
     "aesthetic": "runners.rewards.aesthetic:AestheticReward",
     "clipscore": "runners.rewards.similarity:ClipScoreReward",
     "hpsv2.1": "runners.rewards.hps:HPSReward",
-    "imagereward": "runners.rewards.imagereward:ImageRewardReward",
+    "imagereward": "runners.rewards.imagereward:ImageReward",
     "pickscore": "runners.rewards.similarity:PickScoreReward",
     "judge": "runners.rewards.judge:JudgeReward",
     "unified-reward": "runners.rewards.judge:UnifiedReward",

@@ -11,7 +11,8 @@ from typing import ClassVar
 from PIL import Image
 from torch import Tensor, nn
 
-from runners.rewards.clip import VIT_L, Clip, clip_weights, load_clip
+from runners.rewards.clip import Clip, load_clip
+from runners.rewards.clip_files import VIT_L, clip_weights
 from runners.rewards.learned import LearnedReward
 from runners.rewards.pretrained import State, frozen, part, read
 from runners.rewards.protocol import About
@@ -49,9 +50,8 @@ class AestheticReward(LearnedReward[AestheticPredictor]):
     version: ClassVar[str] = "aesthetic-1"
 
     @property
-    def weights(self) -> tuple[Weights, ...]:
-        head = Weights(repository=REPOSITORY, files=(CHECKPOINT,), folder=self.folder, revision=self.revision)
-        return head, clip_weights(folder=self.folder)
+    def needs(self) -> tuple[Weights, ...]:
+        return Weights(repository=REPOSITORY, files=(CHECKPOINT,)), clip_weights()
 
     def build(self, *folders: Path) -> AestheticPredictor:
         return _load(*(folder.resolve() for folder in folders))

@@ -16,12 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from runners.rewards.pretrained import complete
-from runners.rewards.weights import Weights
 
-VIT_L = "openai/clip-vit-large-patch14"
-VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-MODEL = ("config.json", "model.safetensors")
-PREPROCESSING = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 MAX_TOKENS = 77
 KEPT_TEXTS = 4096  # embeddings, 16 MB of ViT-H's
 
@@ -38,8 +33,9 @@ class Clip(nn.Module):
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors [b, d] of images, together in one batch."""
-        pixels = self.preprocess(images=list(images), return_tensors="pt")["pixel_values"]
-        return _unit(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
+        # an image three pixels high looks like one of three channels, unless it is said where they are
+        pixels = self.preprocess(images=list(images), input_data_format="channels_last", return_tensors="pt")
+        return _unit(self.model.get_image_features(**pixels.to(self.model.device)))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors [b, d] of texts, cut after 77 tokens."""
@@ -60,11 +56,6 @@ class Clip(nn.Module):
             [text], truncation=True, max_length=MAX_TOKENS, padding="max_length", return_tensors="pt"
         )
         return _unit(self.model.get_text_features(**tokens.to(self.model.device)))[0].cpu()
-
-
-def clip_weights(repository: str = VIT_L, *, folder: str | None = None, revision: str | None = None) -> Weights:
-    """The files that `load_clip` reads."""
-    return Weights(repository=repository, files=(*MODEL, *PREPROCESSING), folder=folder, revision=revision)
 
 
 def load_clip(model: Path, preprocessing: Path | None = None) -> Clip:

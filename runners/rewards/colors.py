@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from runners.geneval_prompts import COLORS
+from runners.rewards.clip import load_clip
 from runners.rewards.mask2former import Instance
 
 TEMPLATES = ("a photo of a {color} {cls}", "a photo of a {color}-colored {cls}", "a photo of a {color} object")
@@ -22,42 +22,31 @@ CROPS_AT_ONCE = 64
 
 
 class ColorClassifier:
-    """CLIP with the weights of a folder, asked which of ten colours the crop of an object has."""
+    """The CLIP of a folder, which other rewards share, asked which of ten colours the crop of an object has."""
 
     def __init__(self, folder: Path) -> None:
-        self._network = CLIPModel.from_pretrained(folder).eval()
-        self._tokenizer = CLIPTokenizer.from_pretrained(folder)
-        side = self._network.config.vision_config.image_size
-        crop = {"height": side, "width": side}
-        self._processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
-        self._colors: dict[str, Tensor] = {}
+        self._clip = load_clip(folder)
 
     def to(self, device: str) -> None:
         """Move the weights."""
-        self._network.to(device)
-        self._colors = {cls: colors.to(device) for cls, colors in self._colors.items()}
+        self._clip.to(device)
 
-    @torch.no_grad()
     def __call__(self, objects: Sequence[tuple[NDArray[np.uint8], Instance, str]]) -> list[str]:
         """The colour of each object: the image that it is in [h, w, 3], its mask, its class."""
         found: list[str] = []
         for start in range(0, len(objects), CROPS_AT_ONCE):
             some = objects[start : start + CROPS_AT_ONCE]
-            crops = [crop(image, instance) for image, instance, _ in some]
-            pixels = self._processor(crops, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-            features = self._network.get_image_features(pixels.to(self._network.device)).pooler_output  # [n, d]
-            colors = torch.stack([self._embedded(cls) for _, _, cls in some])  # [n, colours, d]
+            embedded = {cls: self._embedded(cls) for cls in dict.fromkeys(cls for _, _, cls in some)}
+            features = self._clip.embed_images([crop(image, instance) for image, instance, _ in some])  # [n, d]
+            colors = torch.stack([embedded[cls] for _, _, cls in some])  # [n, colours, d]
             found += [COLORS[i] for i in torch.einsum("nd,ncd->nc", features, colors).argmax(1).tolist()]
         return found
 
     def _embedded(self, cls: str) -> Tensor:
         """The ten colours [colours, d]: normalised means of the normalised embeddings of the templates."""
-        if cls not in self._colors:
-            texts = [template.format(color=color, cls=cls) for color in COLORS for template in TEMPLATES]
-            tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self._network.device)
-            features = normalize(self._network.get_text_features(**tokens).pooler_output, dim=-1)
-            self._colors[cls] = normalize(features.view(len(COLORS), len(TEMPLATES), -1).mean(1), dim=-1)
-        return self._colors[cls]
+        texts = [template.format(color=color, cls=cls) for color in COLORS for template in TEMPLATES]
+        features = self._clip.embed_texts(texts)
+        return normalize(features.view(len(COLORS), len(TEMPLATES), -1).mean(1), dim=-1)
 
 
 def crop(image: NDArray[np.uint8], instance: Instance) -> Image.Image:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from runners.prompts import Prompt
-from runners.rewards.protocol import Images, Reward, RewardOutput, RewardUnavailable
+from runners.rewards.protocol import Images, Reward, RewardOutput, RewardUnavailable, checked
 
 
 class WeightedSum:
@@ -40,20 +41,12 @@ class WeightedSum:
     def load(self, device: str) -> None:
         """Bring the weights of all rewards to a device. Raises RewardUnavailable, whatever goes wrong."""
         for name, reward in self.rewards.items():
-            self._of(name, lambda reward=reward: reward.load(device))  # type: ignore[misc]
+            checked(name, partial(reward.load, device))
 
     def self_check(self) -> None:
         """Score small fixed inputs with each. Raises RewardUnavailable, whatever goes wrong."""
         for name, reward in self.rewards.items():
-            self._of(name, reward.self_check)
-
-    def _of(self, name: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except RewardUnavailable as error:
-            raise RewardUnavailable(f"reward {name}: {error}") from None
-        except Exception as error:  # of somebody else's model or function
-            raise RewardUnavailable(f"reward {name}: {type(error).__name__}: {error}") from error
+            checked(name, reward.self_check)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
         """The sum. Raises RewardUnavailable or RuntimeError, with the name of the reward, where one raises."""

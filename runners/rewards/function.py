@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ablate.plugins import import_plugin
+from ablate.source import InputError
+from runners.digest import file_digest
 from runners.prompts import Prompt
 from runners.rewards.protocol import About, Images, Reward, RewardOutput
 
@@ -32,9 +33,9 @@ class FunctionReward(Reward):
     def __post_init__(self) -> None:
         path, _, attribute = self.name.partition(":")
         try:
-            module = importlib.import_module(path)
-        except Exception as error:  # whatever the file of a user does when it is run
-            raise ValueError(f"{self.name!r} cannot be imported: {type(error).__name__}: {error}") from None
+            module = import_plugin(path)
+        except InputError as error:
+            raise ValueError(f"{self.name!r} {error}") from None
         self._function = getattr(module, attribute, None)
         if not callable(self._function):
             raise ValueError(f"{self.name!r} is no function of {path}")
@@ -43,7 +44,7 @@ class FunctionReward(Reward):
         except TypeError as error:
             raise ValueError(f"{self.name}(images, prompts, ...): {error}") from None
         file = inspect.getsourcefile(module)
-        self._digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else "built-in"
+        self._digest = file_digest(Path(file)) if file else "built-in"
 
     @property
     def identity(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -12,9 +13,10 @@ import numpy as np
 from ablate.source import nearest
 from runners.geneval_prompts import CLASSES
 from runners.prompts import Prompt, Requirement
+from runners.rewards.clip_files import MODEL, clip_weights
 from runners.rewards.protocol import About, Images, Reward, RewardOutput, RewardUnavailable, fixed_inputs
-from runners.rewards.rules import Detection, correct, judge
-from runners.rewards.weights import Weights
+from runners.rewards.rules import Detection, correct, verdict
+from runners.rewards.weights import Weights, built, find_all
 
 if TYPE_CHECKING:
     from runners.rewards.colors import ColorClassifier
@@ -22,11 +24,8 @@ if TYPE_CHECKING:
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16  # of a class
-DETECTOR = ("facebook/mask2former-swin-small-coco-instance", ("config.json", "model.safetensors"))
-CLASSIFIER = (
-    "openai/clip-vit-large-patch14",
-    ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-)
+DETECTOR = Weights(repository="facebook/mask2former-swin-small-coco-instance", files=MODEL)
+CLASSIFIER = clip_weights()
 COCO_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 LABELS = {name: i for i, name in enumerate(CLASSES)} | {coco: CLASSES.index(own) for coco, own in COCO_NAMES.items()}
 
@@ -36,14 +35,14 @@ class GenEvalReward(Reward):
     """Partial credit for counts, colours and positions is trained on; `accuracy` is GenEval's measure, `strict` its
     form that takes no more objects than asked for.
 
-    `released` scores as the released training reward does; see `judge`. `folder` holds local weights in `detector` and
-    `classifier`. An image of a prompt that asks for no object, or for one that COCO does not have, has no score.
+    `released` scores as the released training reward does; see `verdict`. `folder` holds local weights in `detector`
+    and `classifier`. An image of a prompt that asks for no object, or for one that COCO does not have, has no score.
     """
 
     about: ClassVar[About] = About(
         units="share",
         source="Ghosh et al. 2023 (arXiv 2310.11513); training reward of Flow-GRPO (arXiv 2505.05470)",
-        weights=f"{DETECTOR[0]}, {CLASSIFIER[0]}",
+        weights=f"{DETECTOR.repository}, {CLASSIFIER.repository}",
         licence="Mask2Former: other, see its card; CLIP: MIT",
         gibibytes=1.9,
     )
@@ -56,8 +55,9 @@ class GenEvalReward(Reward):
     def __post_init__(self) -> None:
         self._detector: InstanceDetector | None = None
         self._classifier: ColorClassifier | None = None
+        self._fingerprint = ""
 
-    @property
+    @cached_property
     def identity(self) -> str:
         detector, classifier = (weights.identity for weights in self._weights())
         return f"{'released-' if self.released else ''}geneval-hf-1 {detector} {classifier}"
@@ -68,17 +68,20 @@ class GenEvalReward(Reward):
             from runners.rewards.colors import ColorClassifier  # noqa: PLC0415
             from runners.rewards.mask2former import InstanceDetector  # noqa: PLC0415
 
+            weights = self._weights()
             try:
-                detector, classifier = (weights.find() for weights in self._weights())
+                detector, classifier = folders = find_all(weights)
             except RewardUnavailable as error:
                 where = "geneval-hf wants Mask2Former in FOLDER/detector and CLIP in FOLDER/classifier"
                 raise RewardUnavailable(f"{error}; {where}") from None
-            self._detector, self._classifier = InstanceDetector(detector), ColorClassifier(classifier)
+            self._detector = built("geneval-hf", InstanceDetector, detector)
+            self._classifier = built("geneval-hf", ColorClassifier, classifier)
+            self._fingerprint = " ".join(w.fingerprint(folder) for w, folder in zip(weights, folders, strict=True))
         self._detector.to(device)
         self._classifier.to(device)
 
     def fingerprint(self) -> str:
-        return " ".join(weights.fingerprint() for weights in self._weights())
+        return self._fingerprint
 
     def check_inputs(self) -> tuple[Images, list[Prompt]]:
         images, prompts = fixed_inputs()
@@ -94,9 +97,9 @@ class GenEvalReward(Reward):
             rows = judged[start : start + self.batch_size]
             asked = [prompts[i] for i in rows]
             for i, prompt, found in zip(rows, asked, self._detect(images[rows], asked), strict=True):
-                verdict = judge(found, prompt, released=self.released)
-                values[:, i] = verdict.score, correct(found, prompt), verdict.accurate
-                reasons[i] = "; ".join(verdict.reasons)
+                found_as = verdict(found, prompt, released=self.released)
+                values[:, i] = found_as.score, correct(found, prompt), found_as.accurate
+                reasons[i] = "; ".join(found_as.reasons)
         return RewardOutput(score=values[0], parts={"accuracy": values[1], "strict": values[2]}, reasons=tuple(reasons))
 
     def _detect(self, images: Images, prompts: Sequence[Prompt]) -> list[list[Detection]]:
@@ -118,12 +121,13 @@ class GenEvalReward(Reward):
         return detections
 
     def _weights(self) -> tuple[Weights, Weights]:
-        parts = (("detector", DETECTOR, self.detector_revision), ("classifier", CLASSIFIER, self.classifier_revision))
-        detector, classifier = (
-            Weights(repository=hub, files=files, revision=revision, folder=self.folder and f"{self.folder}/{part}")
-            for part, (hub, files), revision in parts
+        within = self.folder is not None
+        return (
+            replace(DETECTOR, revision=self.detector_revision, folder=f"{self.folder}/detector" if within else None),
+            replace(
+                CLASSIFIER, revision=self.classifier_revision, folder=f"{self.folder}/classifier" if within else None
+            ),
         )
-        return detector, classifier
 
 
 def problem(prompt: Prompt) -> str:
@@ -138,14 +142,16 @@ def problem(prompt: Prompt) -> str:
 
 
 def objects(found: Sequence[Instance], prompt: Prompt) -> list[tuple[str, Instance]]:
-    """The instances of classes that a prompt names, with its names for them, at most MAX_OBJECTS of a class."""
-    names = {LABELS[r.cls]: r.cls for r in _requirements(prompt)}
+    """The instances of classes that a prompt names, at most MAX_OBJECTS of a class, with each of its names for them."""
+    names: dict[int, list[str]] = {}
+    for cls in dict.fromkeys(r.cls for r in _requirements(prompt)):
+        names.setdefault(LABELS[cls], []).append(cls)
     kept: list[tuple[str, Instance]] = []
     taken = Counter[int]()
     for instance in found:
         if instance.label in names and taken[instance.label] < MAX_OBJECTS:
             taken[instance.label] += 1
-            kept.append((names[instance.label], instance))
+            kept += [(name, instance) for name in names[instance.label]]
     return kept
 
 

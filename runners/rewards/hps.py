@@ -12,7 +12,8 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from runners.rewards.clip import PREPROCESSING, VIT_H, Clip, clip_of
+from runners.rewards.clip import Clip, clip_of
+from runners.rewards.clip_files import PREPROCESSING, VIT_H
 from runners.rewards.learned import LearnedReward
 from runners.rewards.pretrained import State, complete, read, renamed
 from runners.rewards.protocol import About
@@ -53,9 +54,9 @@ class HPSReward(LearnedReward[Clip]):
     version: ClassVar[str] = "hpsv2.1-1"
 
     @property
-    def weights(self) -> tuple[Weights, ...]:
-        own = Weights(repository="xswu/HPSv2", files=(CHECKPOINT,), folder=self.folder, revision=self.revision)
-        return own, Weights(repository=VIT_H, files=("config.json", *PREPROCESSING), folder=self.folder)
+    def needs(self) -> tuple[Weights, ...]:
+        own = Weights(repository="xswu/HPSv2", files=(CHECKPOINT,))
+        return own, Weights(repository=VIT_H, files=("config.json", *PREPROCESSING))
 
     def build(self, *folders: Path) -> Clip:
         return _load(*(folder.resolve() for folder in folders))

@@ -19,6 +19,7 @@ MAX_ANSWER = 2**22  # bytes; the scores of hundreds of images are a few thousand
 SHOWN = 200  # characters of what a server says
 AGAIN = {408, 425, 429, 500, 502, 503, 504}  # statuses that may pass
 CLOSED = {301, 302, 303, 307, 308, 401, 403, 404, 405}  # statuses that stay, whatever is asked
+ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")  # of JSON
 IN_A_ROW = 2  # requests that fail in spite of all retries, after which the server is given up
 
 Body = Callable[[], Any]  # makes the JSON of a request when it is sent, so that not all images are in memory as text
@@ -56,6 +57,10 @@ class HttpReward(Reward):
     max_seconds: float = 500.0
     concurrency: int = 4
     token_env: str | None = None
+
+    @property
+    def patience(self) -> float | None:  # type: ignore[override]
+        return self.max_seconds
 
     def __post_init__(self) -> None:
         self.url = _checked_url(self.url)
@@ -155,25 +160,40 @@ class _Exchange:
                 if len(whole) > MAX_ANSWER:
                     break
             after = response.headers.get("Retry-After", "")
-        if self.token:  # which a server may repeat, and which must not get into a record
-            whole = whole.replace(self.token.encode(), b"***")
         if status == 200 and len(whole) > MAX_ANSWER:
             return self._failure(f"an answer of more than {MAX_ANSWER} bytes")
         if status == 200:
             try:
-                return json.loads(whole)
+                return self._without_token(json.loads(whole))
             except (ValueError, RecursionError):
-                return self._failure(f"an answer that is no JSON: {_shown(whole)}")
-        reason = f"status {status}: {_shown(whole)}"
+                return self._failure(f"an answer that is no JSON: {self._shown(whole)}")
+        reason = f"status {status}: {self._shown(whole)}"
         if status in AGAIN:
             raise _Again(reason, float(after) if re.fullmatch(r"\d{1,4}", after) else 0.0)
         return self._failure(reason, unreachable=status in CLOSED)
 
     def _failure(self, reason: str, *, unreachable: bool = False) -> Failure:
         """A failure whose reason does not hold the token, as that of an illegal header would."""
-        if self.token:
-            reason = reason.replace(self.token, "***")
-        return Failure(reason=f"{self.url}: {reason}", unreachable=unreachable)
+        return Failure(reason=f"{self.url}: {self._without_token(reason)}", unreachable=unreachable)
+
+    def _without_token(self, said: Any) -> Any:
+        """What a server says, in JSON or in words, without the token: it may repeat it, and records must not."""
+        if self.token is None:
+            return said
+        if isinstance(said, str):
+            return said.replace(self.token, "***")
+        if isinstance(said, list):
+            return [self._without_token(value) for value in said]
+        if isinstance(said, dict):
+            return {self._without_token(key): self._without_token(value) for key, value in said.items()}
+        return said
+
+    def _shown(self, content: bytes | bytearray) -> str:
+        """The beginning of what a server said, on one line; escapes of JSON, in which the token may hide, undone."""
+        start = bytes(content[: 8 * SHOWN + len(self.token or "")]).decode(errors="replace")
+        plain = ESCAPE.sub(lambda escape: chr(int(escape[1], 16)) if escape[1] else escape[2], start)
+        text = " ".join(self._without_token(plain).split())
+        return "".join(c if c.isprintable() else "?" for c in text[:SHOWN]) or "nothing"
 
 
 def _checked_url(url: str) -> str:
@@ -188,12 +208,6 @@ def _checked_url(url: str) -> str:
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("url: expected no password, query or fragment; name a variable with a token as token_env")
     return url.rstrip("/")
-
-
-def _shown(content: bytes | bytearray) -> str:
-    """The beginning of what a server said, on one line."""
-    text = " ".join(content[: 4 * SHOWN].decode(errors="replace").split())
-    return "".join(c if c.isprintable() else "?" for c in text[:SHOWN]) or "nothing"
 
 
 def _now() -> float:

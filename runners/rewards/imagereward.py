@@ -64,7 +64,7 @@ class BlipScorer(nn.Module):
 
 
 @dataclass
-class ImageRewardReward(LearnedReward[BlipScorer]):
+class ImageReward(LearnedReward[BlipScorer]):
     """A score of image and prompt trained on experts' rankings, standardised on the authors' data."""
 
     about: ClassVar[About] = About(
@@ -77,12 +77,10 @@ class ImageRewardReward(LearnedReward[BlipScorer]):
     version: ClassVar[str] = "imagereward-1"
 
     @property
-    def weights(self) -> tuple[Weights, ...]:
-        own = Weights(
-            repository="THUDM/ImageReward", files=(CHECKPOINT, TEXT_CONFIG), folder=self.folder, revision=self.revision
-        )
+    def needs(self) -> tuple[Weights, ...]:
+        own = Weights(repository="THUDM/ImageReward", files=(CHECKPOINT, TEXT_CONFIG))
         tokenizer = ("tokenizer.json", "tokenizer_config.json")
-        return own, Weights(repository="google-bert/bert-base-uncased", files=tokenizer, folder=self.folder)
+        return own, Weights(repository="google-bert/bert-base-uncased", files=tokenizer)
 
     def build(self, *folders: Path) -> BlipScorer:
         return _load(*(folder.resolve() for folder in folders))

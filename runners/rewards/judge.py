@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ablate.source import choices
+from runners.digest import digest
 from runners.prompts import Prompt
 from runners.rewards.http import SHOWN, Failure, HttpReward
 from runners.rewards.png import to_data_url
-from runners.rewards.protocol import About, Images, RewardOutput, RewardUnavailable, fixed_inputs
+from runners.rewards.protocol import About, Images, RewardOutput, RewardUnavailable
 
 READ = 20_000  # characters at the end of an answer, more than any that was thought over
 SCORE = """\
@@ -29,6 +28,11 @@ including clarity, detail preservation, color accuracy, and overall aesthetic ap
 Based on the above criteria, assign a score from 1 to 5 after 'Final Score:'.
 Your task is provided as follows:
 Text Caption: [{prompt}]"""
+
+# in Markdown or not; as a whole number with its decimals, and neither as a share of anything but 5 nor in per cent
+FINAL_SCORE = (
+    r"(?i)Final Score[\s*_:]*:[\s*_]*(\d{1,9}(?:\.\d{1,9})?)(?!\d|\.\d|\s*%|\**\s*(?:/|out of)\s*(?!5(?![\d.]*\d))\d)"
+)
 
 
 @dataclass(kw_only=True)
@@ -60,10 +64,9 @@ class ChatReward(HttpReward):
             raise ValueError(f"max_tokens: got {self.max_tokens}, expected at least 1")
 
     @property
-    def digest(self) -> str:
+    def question(self) -> str:
         """Of the question, and of how the answer is read."""
-        content = "\n".join((self.template, self.pattern, str(self.max_tokens)))
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+        return digest("\n".join((self.template, self.pattern, str(self.max_tokens))))
 
     def load(self, device: str) -> None:
         """Ask whether the server has the model."""
@@ -75,7 +78,7 @@ class ChatReward(HttpReward):
 
     def self_check(self) -> None:
         """Ask about small fixed images, once: one answer at least must be readable."""
-        output = self(*fixed_inputs())
+        output = self(*self.check_inputs())
         if output.missing.all():
             raise RewardUnavailable(
                 f"{self.identity}: no answer about three test images can be read: {output.reasons[0]}"
@@ -116,21 +119,28 @@ class ChatReward(HttpReward):
 
 @dataclass(kw_only=True)
 class JudgeReward(ChatReward):
-    """The number that a model's answer holds, divided by `scale`; an answer without one is missing."""
+    """The number that a model's answer holds, divided by `scale`.
+
+    An answer without one, or with one outside `lowest` to `highest`, is missing.
+    """
 
     about: ClassVar[About] = About(units="the judge's, over scale", source="yours", weights="on the server")
     template: str = SCORE
-    pattern: str = r"Final Score:\s*([1-5](?:\.\d+)?)"
+    pattern: str = FINAL_SCORE
+    lowest: float = 1.0
+    highest: float = 5.0
     scale: float = 5.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale <= 0:
             raise ValueError(f"scale: got {self.scale:g}, expected more than 0")
+        if self.lowest >= self.highest:
+            raise ValueError(f"lowest: got {self.lowest:g}, expected less than highest, {self.highest:g}")
 
     @property
     def identity(self) -> str:
-        return f"judge-1 {self.model} {self.digest} scale={self.scale:g}"
+        return f"judge-1 {self.model} {self.question} {self.lowest:g}..{self.highest:g} scale={self.scale:g}"
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
         replies = self.replies(images, [((i,), prompt.text) for i, prompt in enumerate(prompts)])
@@ -145,9 +155,10 @@ class JudgeReward(ChatReward):
             score = float(reply[1])
         except (TypeError, ValueError):  # a group that took no part, or text
             score = np.nan
-        return (
-            (score / self.scale, "") if math.isfinite(score) else (np.nan, f"{self.url}: got {reply[1]!r} as a score")
-        )
+        if not self.lowest <= score <= self.highest:
+            expected = f"expected {self.lowest:g} to {self.highest:g}"
+            return np.nan, f"{self.url}: got {str(reply[1])[:SHOWN]!r} as a score, {expected}"
+        return score / self.scale, ""
 
 
 @dataclass(kw_only=True)

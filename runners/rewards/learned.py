@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Generic
@@ -13,37 +13,49 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ablate.source import FieldError
+from ablate.source import FieldError, choices
 from runners.prompts import Prompt
 from runners.rewards.pretrained import Network
 from runners.rewards.protocol import Images, Reward, RewardOutput, RewardUnavailable
-from runners.rewards.weights import Weights
+from runners.rewards.weights import Weights, built, find_all
 
 
 @dataclass
 class LearnedReward(Reward, Generic[Network]):
     """Scores are divided by `scale`.
 
-    `folder` is used in place of the hub and holds the files of all repositories; `revision` is that of the first one.
+    `folder` is used in place of the hub and holds the files of all repositories. `revision` is a commit or tag of the
+    first repository, or of each that a mapping names: {repository: revision}.
     """
 
     version: ClassVar[str]  # of the implementation, as "pickscore-1"
     scale: float = 1.0
     batch_size: int = 32  # images at once
     folder: str | None = None
-    revision: str | None = None
+    revision: str | dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("scale", "batch_size"):
             if (got := getattr(self, name)) <= 0:
                 raise FieldError(name, f"got {got}, expected more than 0")
+        known = [weights.repository for weights in self.needs]
+        named = self.revision if isinstance(self.revision, dict) else {}
+        if unknown := [repository for repository in named if repository not in known]:
+            raise FieldError("revision", f"got {unknown[0]!r}, no repository of it{choices(unknown[0], known)}")
         self._network: Network | None = None
         self._fingerprint = ""
 
     @property
     @abstractmethod
+    def needs(self) -> tuple[Weights, ...]:
+        """The files that it needs of the hub."""
+
+    @property
     def weights(self) -> tuple[Weights, ...]:
-        """The files it needs."""
+        """The files that it takes: of the folder, or of these revisions."""
+        first, *_ = needs = self.needs
+        given = self.revision if isinstance(self.revision, dict) else {first.repository: self.revision}
+        return tuple(replace(w, folder=self.folder, revision=given.get(w.repository)) for w in needs)
 
     @abstractmethod
     def build(self, *folders: Path) -> Network:
@@ -63,14 +75,9 @@ class LearnedReward(Reward, Generic[Network]):
 
     def load(self, device: str) -> None:
         if self._network is None:
-            folders = self._find()
-            try:
-                self._network = self.build(*folders)
-            except Exception as error:  # whatever such files hold
-                where = ", ".join(str(folder) for folder in dict.fromkeys(folders))
-                what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                raise RewardUnavailable(f"{self.version}: not the weights it needs in {where} ({what})") from error
-            self._fingerprint = " ".join(weights.fingerprint() for weights in self.weights)
+            folders = find_all(self.weights)
+            self._network = built(self.version, self.build, *folders)
+            self._fingerprint = " ".join(w.fingerprint(folder) for w, folder in zip(self.weights, folders, strict=True))
         self._network.to(device)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
@@ -83,15 +90,3 @@ class LearnedReward(Reward, Generic[Network]):
                 for i in range(0, len(pictures), self.batch_size)
             ]
         return RewardOutput(score=torch.cat(scores).double().cpu().numpy() / self.scale)
-
-    def _find(self) -> list[Path]:
-        """The folders of all weights. Raises RewardUnavailable for all that are missing at once."""
-        folders, problems = [], []
-        for weights in self.weights:
-            try:
-                folders.append(weights.find())
-            except RewardUnavailable as error:
-                problems.append(str(error))
-        if problems:
-            raise RewardUnavailable("; ".join(problems))
-        return folders

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Group
 from rich.table import Table
@@ -14,7 +15,7 @@ from rich.text import Text
 from ablate.recipe import RewardTerm
 from ablate.source import FieldError, InputError
 from runners.rewards import REWARDS, RewardUnavailable, load_term, reward_class
-from runners.rewards.protocol import fixed_inputs
+from runners.rewards.protocol import checked
 
 
 def listing() -> Table:
@@ -32,32 +33,37 @@ def listing() -> Table:
 
 
 def check(name: str, parameters: Mapping[str, Any]) -> Group:
-    """Find or download the weights of a reward, let it check itself, and show what it says of small fixed images.
+    """Find or download the weights of a reward, let it check itself, and show what it says of its small fixed images.
 
-    Raises InputError with the remedy where it cannot.
+    Raises InputError with the remedy where it cannot, or where an image has no finite score.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         reward = load_term(RewardTerm(name=name, **parameters))
         start = time.perf_counter()
-        reward.load(device)
+        checked(name, lambda: reward.load(device))
         loaded = time.perf_counter() - start
-        reward.self_check()
-    except (FieldError, RewardUnavailable) as error:
+        checked(name, reward.self_check)
+        images, prompts = reward.check_inputs()
+        start = time.perf_counter()
+        output = checked(name, lambda: reward(images, prompts))
+    except FieldError as error:
         raise InputError(f"reward {name}: {error}") from None
-    images, prompts = fixed_inputs()
-    start = time.perf_counter()
-    output = reward(images, prompts)
+    except RewardUnavailable as error:
+        raise InputError(str(error)) from None
     seconds = (time.perf_counter() - start) / len(images)
+    for i in np.flatnonzero(output.missing).tolist():
+        why = (output.reasons[i] if output.reasons else "") or f"got {output.score[i]}, expected a finite number"
+        raise InputError(f"reward {name}: image {i + 1} of {len(images)} has no score: {why}")
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for column in ("image", "score", *output.parts):
-        table.add_column(column, justify="left" if column == "image" else "right")
-    for i, what in enumerate(("grey", "a red square", "noise")):
-        table.add_row(what, *(f"{values[i]:.4f}" for values in (output.score, *output.parts.values())))
+    for column in ("image", "score", *output.parts, "prompt"):
+        table.add_column(column, justify="left" if column == "prompt" else "right")
+    for i, prompt in enumerate(prompts):
+        values = (f"{of_images[i]:.4f}" for of_images in (output.score, *output.parts.values()))
+        table.add_row(str(i + 1), *values, prompt.text)
     lines = [
         f"{name}: {reward.identity} {reward.fingerprint()}".strip(),
         f"loaded in {loaded:.1f} s on {device}; {seconds:.3f} s per image; self-check passed",
-        f"prompt: {prompts[0].text}",
     ]
     return Group(Text("\n".join(lines)), table)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
+from runners.rewards.pretrained import complete
 from runners.rewards.protocol import Images, RewardUnavailable
 
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # pixels
@@ -37,10 +38,14 @@ class Instance:
 
 
 class InstanceDetector:
-    """Mask2Former with the weights of a folder. Raises RewardUnavailable for one that does not know COCO's classes."""
+    """Mask2Former with the weights of a folder, in float32.
+
+    Raises RewardUnavailable for one that does not know COCO's classes, OSError or ValueError for files that do not make
+    a whole model.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._network = Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval()
+        self._network = complete(Mask2FormerForUniversalSegmentation, folder)
         names = self._network.config.id2label
         if len(names) != NUM_CLASSES or names[0] != "person":
             got = f"{len(names)} classes, the first {names.get(0)!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from rapidocr import RapidOCR
 
+from runners.digest import file_digest
 from runners.prompts import Prompt
 from runners.rewards.protocol import About, Images, Reward, RewardOutput, RewardUnavailable
 from runners.rewards.text import quoted, text_score
@@ -90,10 +90,12 @@ class OCRReward(Reward):
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(self._read, images))
 
+    def check_inputs(self) -> tuple[Images, list[Prompt]]:
+        return np.stack([_rendered(WORD), _rendered("")]), [Prompt(text=f'a sign that says "{WORD}"')] * 2
+
     def self_check(self) -> None:
         """Read a word, and nothing in a blank image, twice. Raises RewardUnavailable where that fails."""
-        images = np.stack([_rendered(WORD), _rendered("")])
-        prompts = [Prompt(text=f'a sign that says "{WORD}"')] * 2
+        images, prompts = self.check_inputs()
         for _ in range(2):
             if (found := self(images, prompts)).score.tolist() != [1.0, 0.0]:
                 got = f"{found.score.tolist()} ({'; '.join(filter(None, found.reasons))})"
@@ -120,7 +122,7 @@ class OCRReward(Reward):
 
     @cached_property
     def _digests(self) -> list[str]:
-        return [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in _weights()]
+        return [file_digest(path) for path in _weights()]
 
 
 def _weights() -> tuple[Path, Path]:

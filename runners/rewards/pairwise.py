@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ablate.recipe import RewardTerm
 from runners.prompts import Prompt
 from runners.rewards import load_term
-from runners.rewards.groups import groups, pairs, shares_won
+from runners.rewards.groups import Pair, groups, pairs, shares_won
 from runners.rewards.http import Failure
 from runners.rewards.judge import ChatReward
 from runners.rewards.protocol import About, Images, Reward, RewardOutput
@@ -58,6 +59,10 @@ class PairwiseReward(Reward):
         return self._inner.remote
 
     @property
+    def patience(self) -> float | None:  # type: ignore[override]
+        return self._inner.patience
+
+    @property
     def identity(self) -> str:
         return f"pairwise-1 of {self._inner.identity}"
 
@@ -71,15 +76,20 @@ class PairwiseReward(Reward):
         """That of the reward within."""
         self._inner.self_check()
 
+    def check_inputs(self) -> tuple[Images, list[Prompt]]:
+        return self._inner.check_inputs()
+
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
         inner = self._inner(images, prompts)
         compared = [pair for group in groups(prompts) for pair in pairs(group)]
         outcomes = [(1 + np.sign(inner.score[i] - inner.score[j])) / 2 for i, j in compared]
-        score, told = shares_won(len(images), compared, outcomes)
+        score, _ = shares_won(len(images), compared, outcomes)
+        score = np.where(_wanted(len(images), compared) + inner.missing, score, ALONE)
+        reasons = list(inner.reasons or [""] * len(images))
+        for i in np.flatnonzero(np.isnan(score) & ~inner.missing):
+            reasons[i] = "no other image of its prompt has a score"
         return RewardOutput(
-            score=np.where(told + inner.missing, score, ALONE),
-            parts={**inner.parts, "compared": inner.score},
-            reasons=inner.reasons,
+            score=score, parts={**inner.parts, "compared": inner.score}, reasons=tuple(reasons) if any(reasons) else ()
         )
 
 
@@ -108,14 +118,14 @@ class PairwiseJudge(ChatReward):
     @property
     def identity(self) -> str:
         bounded = "" if self.opponents is None else f" opponents={self.opponents}"
-        return f"pairwise-judge-1 {self.model} {self.digest}{bounded}"
+        return f"pairwise-judge-1 {self.model} {self.question}{bounded}"
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
         chosen = [pair for group in groups(prompts) for pair in pairs(group, self.opponents)]
         asked = [order for i, j in chosen for order in ((i, j), (j, i))]
         replies = self.replies(images, [(order, prompts[order[0]].text) for order in asked]) if asked else []
         score, told = shares_won(len(images), asked, [_outcome(reply) for reply in replies])
-        wanted = np.bincount(np.ravel(asked).astype(int), minlength=len(images))
+        wanted = _wanted(len(images), asked)
         reasons = [""] * len(images)
         for order, reply in zip(asked, replies, strict=True):
             for i in order:
@@ -126,6 +136,11 @@ class PairwiseJudge(ChatReward):
             parts={"answered": np.where(wanted, told / np.maximum(wanted, 1), 1.0)},
             reasons=tuple(reasons) if any(reasons) else (),
         )
+
+
+def _wanted(number: int, compared: Sequence[Pair]) -> NDArray[np.int_]:
+    """How many comparisons each of `number` images takes part in."""
+    return np.bincount(np.ravel(compared).astype(int), minlength=number)
 
 
 def _outcome(reply: re.Match[str] | Failure) -> float:

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+# counts that older files hold and newer versions compute, and what only a loss needs
+DISPENSABLE = re.compile(r"(^|\.)(position_ids|relative_position_index)$|^criterion\.")
 State = dict[str, Tensor]
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -47,10 +49,7 @@ def complete(kind: Any, folder: Path | None = None, *, state: State | None = Non
     network, report = kind.from_pretrained(
         folder, state_dict=state, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **options
     )
-    unexpected = {
-        name for name in report["unexpected_keys"] if not name.endswith("position_ids")
-    }  # older files' counts
-    for problem, names in (("missing", report["missing_keys"]), ("unknown", unexpected)):
-        if names:
+    for problem, names in (("missing", report["missing_keys"]), ("unknown", report["unexpected_keys"])):
+        if names := [name for name in names if not DISPENSABLE.search(name)]:
             raise ValueError(f"{kind.__name__}: {len(names)} weights are {problem}, as {min(names)}")
     return frozen(network)

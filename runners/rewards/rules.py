@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runners.prompts import Prompt
+from runners.prompts import Prompt, Requirement
 
 POSITION_DEAD_BAND = 0.1  # of the two boxes' summed size
 
@@ -52,10 +52,11 @@ def relations(a: Detection, b: Detection) -> set[str]:
     return {relation for relation, holds in held.items() if holds}
 
 
-def judge(detections: Sequence[Detection], prompt: Prompt, *, released: bool = False) -> Verdict:
+def verdict(detections: Sequence[Detection], prompt: Prompt, *, released: bool = False) -> Verdict:
     """Whether the detections fulfil the prompt. Objects that no requirement names are ignored, as in GenEval.
 
     A violated `exclude` makes an image inaccurate and leaves its score alone, as in GenEval and its training reward.
+    Only its class and its count are looked at, as in GenEval's released code.
     With `released`, the score is that of the released training reward: the term of a count can be negative, a violated
     position also earns the satisfied term, a wrong count costs one further term and not two where colour and position
     are asked for, and what has a wrong colour or place has no place and is none for others.
@@ -95,10 +96,7 @@ def judge(detections: Sequence[Detection], prompt: Prompt, *, released: bool = F
                 reasons.append(f"expected {wanted} {relation} {prompt.include[target].cls}")
                 terms += [0.0, 1.0] if released else [0.0]
         matched.append(found if right or not released else None)
-    for unwanted in prompt.exclude:
-        num_found = sum(d.cls == unwanted.cls and unwanted.color in (None, d.color) for d in detections)
-        if num_found >= unwanted.count:
-            reasons.append(f"expected {unwanted.cls}<{unwanted.count}, found {num_found}")
+    reasons += [f"expected {r.cls}<{r.count}, found {found}" for r, found in _too_many(detections, prompt)]
     score = sum(terms) / len(terms) if terms else 0.0
     return Verdict(accurate=bool(terms) and not reasons, score=score, reasons=tuple(reasons))
 
@@ -119,8 +117,13 @@ def correct(detections: Sequence[Detection], prompt: Prompt) -> bool:
             others = matched[target]
             holds = others is not None and _placed(found, others, relation)
         matched.append(found if holds else None)
-    excluded = (sum(d.cls == unwanted.cls for d in detections) >= unwanted.count for unwanted in prompt.exclude)
-    return None not in matched and not any(excluded)
+    return None not in matched and not _too_many(detections, prompt)
+
+
+def _too_many(detections: Sequence[Detection], prompt: Prompt) -> list[tuple[Requirement, int]]:
+    """What a prompt excludes and the image shows, and how many of it; of whatever colour and place."""
+    counted = [(unwanted, sum(d.cls == unwanted.cls for d in detections)) for unwanted in prompt.exclude]
+    return [(unwanted, found) for unwanted, found in counted if found >= unwanted.count]
 
 
 def _placed(found: Sequence[Detection], others: Sequence[Detection], relation: str) -> bool:

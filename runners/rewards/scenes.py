@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from runners.prompts import Prompt
 from runners.rewards.protocol import About, Images, Reward, RewardOutput
-from runners.rewards.rules import Detection, judge
+from runners.rewards.rules import Detection, verdict
 from runners.tiny.scenes import COLORS, GROUND, SQUARE_SIDE, coverage
 
 MIN_SIDE, MAX_SIDE = 4, 13  # pixels; the drawn shapes are 6 to 9 wide
@@ -37,7 +37,7 @@ _GEOMETRY = {"circle": (np.pi, 0.0), "square": (4 * SQUARE_SIDE**2, 0.0), "trian
 class ScenesReward(Reward):
     """`accuracy` (all requirements exactly met) and `score` (partial credit); the score is what is trained on.
 
-    `released` scores as GenEval's released training reward does; see `judge`.
+    `released` scores as GenEval's released training reward does; see `verdict`.
     """
 
     about: ClassVar[About] = About(units="share", source="GenEval's rules (arXiv 2310.11513) on the embedded world")
@@ -50,7 +50,8 @@ class ScenesReward(Reward):
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
         found = detect(images)
         verdicts = [
-            judge(detections, prompt, released=self.released) for detections, prompt in zip(found, prompts, strict=True)
+            verdict(detections, prompt, released=self.released)
+            for detections, prompt in zip(found, prompts, strict=True)
         ]
         return RewardOutput(
             score=np.array([v.score for v in verdicts]),

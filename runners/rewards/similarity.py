@@ -10,7 +10,8 @@ from typing import ClassVar
 from PIL import Image
 from torch import Tensor
 
-from runners.rewards.clip import MODEL, PREPROCESSING, VIT_H, VIT_L, Clip, clip_weights, load_clip
+from runners.rewards.clip import Clip, load_clip
+from runners.rewards.clip_files import MODEL, PREPROCESSING, VIT_H, VIT_L, clip_weights
 from runners.rewards.learned import LearnedReward
 from runners.rewards.protocol import About
 from runners.rewards.weights import Weights
@@ -34,8 +35,8 @@ class ClipScoreReward(LearnedReward[Clip]):
     model: str = VIT_L
 
     @property
-    def weights(self) -> tuple[Weights, ...]:
-        return (clip_weights(self.model, folder=self.folder, revision=self.revision),)
+    def needs(self) -> tuple[Weights, ...]:
+        return (clip_weights(self.model),)
 
     def build(self, *folders: Path) -> Clip:
         return load_clip(*folders)
@@ -61,9 +62,9 @@ class PickScoreReward(LearnedReward[Clip]):
     version: ClassVar[str] = "pickscore-1"
 
     @property
-    def weights(self) -> tuple[Weights, ...]:
-        own = Weights(repository="yuvalkirstain/PickScore_v1", files=MODEL, folder=self.folder, revision=self.revision)
-        return own, Weights(repository=VIT_H, files=PREPROCESSING, folder=self.folder)
+    def needs(self) -> tuple[Weights, ...]:
+        own = Weights(repository="yuvalkirstain/PickScore_v1", files=MODEL)
+        return own, Weights(repository=VIT_H, files=PREPROCESSING)
 
     def build(self, *folders: Path) -> Clip:
         return load_clip(*folders)

@@ -13,11 +13,11 @@ def quoted(prompt: str) -> str:
 def text_score(target: str, read: str) -> float:
     """1 - min(d, n) / n, d the Levenshtein distance to a target of n characters, without spaces and case.
 
-    A target that is part of what was read scores 1; an empty target scores 0, where the released rule divides by 0.
-    Source: Flow-GRPO's ocr.py.
+    A target that is part of what was read scores 1. Raises ValueError for a target without characters, which asks for
+    nothing; the released rule divides by 0 there. Source: Flow-GRPO's ocr.py.
     """
     wanted, found = ("".join(text.split()).lower() for text in (target, read))
     if not wanted:
-        return 0.0
+        raise ValueError(f"got {target!r} as a target, expected at least one character")
     distance = 0 if wanted in found else Levenshtein.distance(found, wanted)
     return 1 - min(distance, len(wanted)) / len(wanted)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from runners.digest import digest, weights_sha256
 from runners.rewards.protocol import RewardUnavailable
 
-READ_AT_ONCE = 2**24
+Network = TypeVar("Network")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Weights:
     def identity(self) -> str:
         """What a cell id holds of them: a local folder's content, or the repository and revision."""
         if self.folder is not None:
-            return digest(self._local())
+            return digest_of_files(self._local())
         return f"{self.repository}@{self.revision or 'main'}"
 
     def find(self) -> Path:
@@ -52,10 +53,9 @@ class Weights:
             ) from None
         return Path(found)
 
-    def fingerprint(self) -> str:
-        """Of the files that `find` returns."""
-        folder = self.find()
-        return digest([path for name in self.files for path in sorted(folder.glob(name))])
+    def fingerprint(self, found: Path) -> str:
+        """Of the files in the folder that `find` returned."""
+        return digest_of_files([path for name in self.files for path in sorted(found.glob(name))])
 
     def _local(self) -> list[Path]:
         folder = Path(str(self.folder))
@@ -68,18 +68,34 @@ class Weights:
         return found
 
 
-def digest(paths: Sequence[Path]) -> str:
+def find_all(wanted: Sequence[Weights]) -> list[Path]:
+    """The folders of all weights. Raises RewardUnavailable for all that are missing at once."""
+    folders, problems = [], []
+    for weights in wanted:
+        try:
+            folders.append(weights.find())
+        except RewardUnavailable as error:
+            problems.append(str(error))
+    if problems:
+        raise RewardUnavailable("; ".join(problems))
+    return folders
+
+
+def built(what: str, build: Callable[..., Network], *folders: Path) -> Network:
+    """The network of some folders. Raises RewardUnavailable where they do not hold the weights of `what`."""
+    try:
+        return build(*folders)
+    except RewardUnavailable:
+        raise
+    except Exception as error:  # whatever such files hold
+        where = ", ".join(str(folder) for folder in dict.fromkeys(folders))
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RewardUnavailable(f"{what}: not the weights it needs in {where} ({problem})") from error
+
+
+def digest_of_files(paths: Sequence[Path]) -> str:
     """SHA-256 over the digests of files, 12 hex digits; the hub's cache names large files by theirs."""
-    whole = hashlib.sha256()
-    for path in paths:
-        name = path.resolve().name
-        whole.update((name if re.fullmatch(r"[0-9a-f]{64}", name) else _sha256(path)).encode())
-    return whole.hexdigest()[:12]
-
-
-def _sha256(path: Path) -> str:
-    content = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(READ_AT_ONCE):
-            content.update(part)
-    return content.hexdigest()
+    names = ((path.resolve().name, path) for path in paths)
+    return digest(
+        "".join(name if re.fullmatch(r"[0-9a-f]{64}", name) else weights_sha256(path) for name, path in names)
+    )

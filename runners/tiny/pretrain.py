@@ -226,7 +226,7 @@ def train(
     state |= {f"schedule {i}": schedule for i, schedule in enumerate(schedules)}
     start = 0
     if path.exists():
-        saved = torch.load(path)
+        saved = torch.load(path, weights_only=True)
         start = saved["step"]
         generator.set_state(saved["generator"])
         for key, part in state.items():

@@ -14,13 +14,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from runners.prompts import Prompt, Requirement
+from runners.prompts import RELATIONS, Prompt, Requirement, both
 
 IMAGE_SIZE = 32
 SHAPES = ("circle", "square", "triangle")
 COLORS = {"red": (225, 50, 50), "green": (45, 185, 75), "blue": (60, 95, 235), "yellow": (240, 210, 60)}
 GROUND = (20, 20, 26)
-RELATIONS = ("left of", "right of", "above", "below")
 FAMILIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -117,6 +116,8 @@ class ScenePrompts:
         return [family[generator.integers(len(family))] for family in families]
 
     def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
+        if split == "all":
+            return both(self.fixed, num_prompts)
         families = [self._splits[split][tag] for tag in FAMILIES]
         return [families[i % 6][(i // 6) % len(families[i % 6])] for i in range(num_prompts)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import Writer
+from written import Writer
 
 from ablate.record import Status
 from analysis import effects

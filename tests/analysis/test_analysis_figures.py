@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import Writer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
+from written import Writer
 
 from ablate.record import Status
 from analysis import effects

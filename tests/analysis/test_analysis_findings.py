@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Writer
+from written import Writer
 
 from ablate.record import Status
 from ablate.source import InputError
@@ -15,6 +15,7 @@ from analysis.load import Results, load
 from analysis.published import Published, compare, load_published
 from analysis.study import study
 from analysis.style import hours_unit
+from runners.rewards import REWARDS
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 ACCURACY = "eval/accuracy"
@@ -110,6 +111,9 @@ def test_every_published_number_has_its_place() -> None:
     tables = load_published(PUBLISHED)
     assert set(tables) == {"design", "methods"}
     for published in tables.values():
+        measured = [name.removeprefix("eval/panel/") for name in published.columns.values()]
+        assert measured[0] == "eval/accuracy"
+        assert set(measured[1:]) <= REWARDS.keys()
         assert published.source.startswith("arXiv 2602.04663")
         assert published.protocol
         assert {len(row.values) for row in published.rows} == {len(published.columns)}
@@ -125,6 +129,6 @@ def test_a_grid_without_such_rows_has_no_such_table(write: Writer) -> None:
 
 def test_a_damaged_published_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("title: A table\n")
-    with pytest.raises(InputError, match=r"x.yaml: cannot be read as a published table"):
+    with pytest.raises(InputError, match=r"x.yaml:1: source: is required"):
         load_published(tmp_path)
     assert Published.model_fields["source"].is_required()

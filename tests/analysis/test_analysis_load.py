@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import Writer, line
+from written import Writer, line
 
 from ablate.lock import lock
 from ablate.record import Status
@@ -91,17 +91,17 @@ def test_another_format_is_refused(write: Writer, name: str) -> None:
     write.plan()
     path = (write.folder if name == "plan.json" else folder) / name
     path.write_text(path.read_text().replace('"format": 1', '"format": 2').replace('"format":1', '"format":2'))
-    with pytest.raises(InputError, match=rf"{name}: results of format 2"):
+    with pytest.raises(InputError, match=rf"{name}:[12]: results of format 2"):
         load(write.folder)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", '{"epoch": 0, "upd{"epoch": 1}\n', "metrics.jsonl: a line is not JSON"),
-        ("metrics.jsonl", '{"epoch": 0, "eval/score": 1}\n', "a line has no 'device_hours'"),
+        ("metrics.jsonl", '{"epoch": 0, "upd{"epoch": 1}\n', "metrics.jsonl:1: cannot be read as JSON"),
+        ("metrics.jsonl", '{"epoch": 0, "eval/score": 1}\n', "1: has no 'device_hours'"),
         ("record.json", '{"format": 1, "id": "x", "status": "fine", "seed": 0}', "status: Input should be"),
-        ("record.json", '{"format": 1, "id": "x", "status": "done", "seed": 0}', "holds the cell 'x'"),
+        ("record.json", '{"format": 1, "id": "x", "status": "done", "seed": 0}', "1: is of the cell 'x'"),
     ],
 )
 def test_a_damaged_file_is_an_error_with_its_name(write: Writer, name: str, content: str, message: str) -> None:

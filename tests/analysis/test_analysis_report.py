@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Writer
+from written import Writer
 
 from ablate.record import Status
 from analysis.cell_sections import cell_sections

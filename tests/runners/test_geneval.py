@@ -40,7 +40,7 @@ from runners.rewards import RewardOutput, RewardUnavailable, mask2former
 from runners.rewards.colors import ColorClassifier, crop
 from runners.rewards.geneval import GenEvalReward, objects
 from runners.rewards.mask2former import Instance, InstanceDetector, bounds, instances
-from runners.rewards.rules import Detection, correct, judge
+from runners.rewards.rules import Detection, correct, verdict
 
 GRIDS = Path(__file__).parents[2] / "grids"
 COCO = [{"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}.get(c, c) for c in CLASSES]
@@ -88,6 +88,7 @@ def write_classifier(folder: Path) -> None:
     text = {**size, "vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
     config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 8}, projection_dim=16)
     CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +204,8 @@ def by_the_letter(folder: Path, image: np.ndarray, prompt: Prompt) -> tuple[floa
             Detection(cls=cls, color=color_of(folder, image, cls, box, mask) if requirement.color else "", box=box)
             for _, _, box, mask in own
         ]
-    verdict = judge(found, prompt)
-    return verdict.score, float(correct(found, prompt)), float(verdict.accurate)
+    result = verdict(found, prompt)
+    return result.score, float(correct(found, prompt)), float(result.accurate)
 
 
 def asks(tag: str, *include: Requirement, exclude: tuple[Requirement, ...] = ()) -> Prompt:
@@ -429,6 +430,7 @@ def test_other_weights_are_another_identity(folder: Path, tmp_path: Path) -> Non
     here, there = GenEvalReward(folder=str(folder)), GenEvalReward(folder=str(tmp_path))
     detector, classifier = here.identity.split()[1:]
     assert here.identity.startswith("geneval-hf-1 ")
+    here.load("cpu")
     assert here.fingerprint() == f"{detector} {classifier}"
     assert there.identity.split()[2] == classifier
     assert there.identity.split()[1] != detector

@@ -13,7 +13,7 @@ import pytest
 
 from ablate.recipe import PromptsRecipe, Recipe
 from ablate.source import FieldError
-from runners.geneval_prompts import CLASSES, COLORS, HELD_OUT, TRAIN_MIX, GenEvalPrompts, draw, meaning, sentence
+from runners.geneval_prompts import CLASSES, COLORS, HELD_OUT, RELEASED_MIX, GenEvalPrompts, draw, meaning, sentence
 from runners.identity import identify
 from runners.prompts import Prompt, Requirement, load_prompts, read_prompts
 
@@ -157,12 +157,25 @@ def test_a_split_is_the_same_for_ever_and_begins_again_at_its_end(source: GenEva
 
 
 def test_training_has_the_released_mix(source: GenEvalPrompts) -> None:
-    generator, total = np.random.default_rng(0), sum(TRAIN_MIX.values())
-    assert list(TRAIN_MIX.values()) == [7, 5, 3, 1, 1, 0]
+    generator, total = np.random.default_rng(0), sum(RELEASED_MIX.values())
+    assert list(RELEASED_MIX.values()) == [7, 5, 3, 1, 1, 0]
     epochs = [Counter(p.tag for p in source.train(48, generator)) for _ in range(50)]
-    for tag, weight in TRAIN_MIX.items():
+    for tag, weight in RELEASED_MIX.items():
         assert all(abs(counts[tag] - 48 * weight / total) < 1 for counts in epochs)
         assert sum(counts[tag] for counts in epochs) == pytest.approx(50 * 48 * weight / total, rel=0.1)
+
+
+def test_families_can_be_trained_on_equally() -> None:
+    source = load_prompts(PromptsRecipe(train="geneval:equal"))
+    tags = Counter(p.tag for p in source.train(60, np.random.default_rng(0)))
+    assert set(tags.values()) == {12}
+    assert "single_object" not in tags
+
+
+def test_all_held_out_prompts_are_both_splits(source: GenEvalPrompts) -> None:
+    both = source.fixed("all", 2 * NUM_HELD_OUT)
+    assert Counter(p.text for p in both) == Counter(p.text for s in SPLITS for p in source.fixed(s, NUM_HELD_OUT))
+    assert both[:3] == [source.fixed(SPLITS[0], 2)[0], source.fixed(SPLITS[1], 1)[0], source.fixed(SPLITS[0], 2)[1]]
 
 
 def test_families_of_an_epoch_are_in_no_order(source: GenEvalPrompts) -> None:

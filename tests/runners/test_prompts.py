@@ -115,6 +115,13 @@ def test_files_are_trained_on_without_repetition_and_evaluated_in_disjoint_halve
     assert [p.text for p in source.fixed("evaluation", 2)] == ["e1", "e3"]
 
 
+@pytest.mark.parametrize("name", ["scenes", "ocr"])
+def test_all_of_a_built_in_source_is_both_halves_in_turn(name: str) -> None:
+    source = load_prompts(PromptsRecipe(train=name))
+    assert source.fixed("all", 5)[::2] == source.fixed("development", 3)
+    assert source.fixed("all", 5)[1::2] == source.fixed("evaluation", 2)
+
+
 def test_the_built_in_source_and_a_missing_evaluation_file(tmp_path: Path) -> None:
     assert isinstance(load_prompts(PromptsRecipe()), ScenePrompts)
     with pytest.raises(InputError, match=r"prompts.evaluation: name a file of prompts that are not trained on"):

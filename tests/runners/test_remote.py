@@ -30,16 +30,19 @@ from servers import Asked, behaving, reward_server
 from ablate import cli
 from ablate.grid import load_grid
 from ablate.plan import Cell, make_plan
+from ablate.plugins import trust
 from ablate.record import Status, read_metrics
+from ablate.source import InputError
 from runners import train
 from runners.distributed import join
 from runners.identity import identify
 from runners.policy import SD3Policy
 from runners.prompts import Prompt
-from runners.reward_server import Limits
+from runners.reward_server import Limits, RewardServer
 from runners.rewards import load_reward
 from runners.rewards.groups import whole_groups
 from runners.rewards.http import MAX_ANSWER
+from runners.rewards.jpeg import JpegReward
 from runners.rewards.protocol import RewardUnavailable, fixed_inputs
 from runners.rewards.remote import RemoteReward
 from runners.run import set_up
@@ -343,6 +346,10 @@ REFUSED = {
     "too large": (b" " * 6000, 413, "5000 bytes at most"),
     "prompts": ({"images": [png(GREY)], "prompts": []}, 422, "got 0 prompts for 1 images"),
     "no prompt": ({"images": [png(GREY)], "prompts": [{}]}, 422, "prompts.0.text"),
+    "relation": ({"images": [png(GREY)], "prompts": [{"text": "a", "include": [
+        {"cls": "a", "count": 1}, {"cls": "b", "count": 1, "position": ["beside", 0]}]}]}, 422, "position"),
+    "target": ({"images": [png(GREY)], "prompts": [{"text": "a", "include": [
+        {"cls": "a", "count": 1, "position": ["above", 0]}]}]}, 422, "expected the index of an earlier entry"),
     "base64": ({"images": ["!"], "prompts": [{"text": "a"}]}, 422, "image 0 is not base64"),
     "pixels": ({"images": [png(GREY.resize((20, 20)))], "prompts": [{"text": "a"}]}, 422, "20 x 20 pixels, expected"),
     "bomb": ({"images": [bomb(60000)], "prompts": [{"text": "a"}]}, 422, "image 0"),
@@ -363,6 +370,28 @@ def test_the_server_refuses_what_it_cannot_score_and_goes_on() -> None:
     assert status == 200
     expected = load_reward("jpeg")(np.array(GREY)[None], [Prompt(text="a")]).score
     assert answer == {"identity": "jpeg-1", "scores": expected.tolist(), "parts": {}, "reasons": []}
+
+
+def test_a_long_identity_is_cut_and_stays_its_own() -> None:
+    class Named(JpegReward):
+        def fingerprint(self) -> str:
+            return self.said
+
+    def served(said: str) -> str:
+        reward = Named()
+        reward.said = said
+        return RewardServer(reward=reward).identity
+
+    assert served("abc") == "jpeg-1 abc"
+    assert len(served("x" * 500)) <= 200
+    assert served("x" * 500) != served("x" * 501)
+
+
+def test_a_reward_that_waits_longer_than_a_cell_is_refused_by_the_plan() -> None:
+    remote = {"name": "remote", "url": "http://127.0.0.1:1"}
+    grid = load_grid(GRIDS / "tiny.yaml", {"reward": [remote], "scoring.timeout": 400})
+    with pytest.raises(InputError, match="timeout=400: got 400, expected more than 500, the max_seconds of"):
+        make_plan(grid, identify)
 
 
 def test_the_request_in_the_docs_is_answered_as_there() -> None:
@@ -412,7 +441,7 @@ def test_one_request_is_scored_at_a_time_and_a_failing_image_is_missing(
         "        raise MemoryError('too much')\n"
         "    return images.mean((1, 2, 3))\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    trust(tmp_path)
     with reward_server("slow_reward:slow") as url:
         output = remote(url, concurrency=4, timeout=5, batch_size=4)(IMAGES, PROMPTS)
     assert output.missing.tolist() == [False] * 4 + [True] * 2 + [False] * 2
@@ -429,7 +458,7 @@ def test_what_nobody_waits_for_any_more_is_not_scored(monkeypatch: pytest.Monkey
         "    time.sleep(0.4)\n"
         "    return images.mean((1, 2, 3))\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    trust(tmp_path)
     with reward_server("counting_reward:count") as url:
         at_work = threading.Thread(target=post, args=(url, {"images": [png(GREY)], "prompts": [{"text": "first"}]}))
         at_work.start()

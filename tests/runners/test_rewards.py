@@ -23,11 +23,15 @@ NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
         ("open", "opan", 0.75),
         ("open", "nothing like it at all", 0),  # the distance is capped
         ("open", "", 0),
-        ("", "anything", 0),  # the released rule divides by zero
     ],
 )
 def test_the_text_of_a_prompt_is_compared_with_what_was_read(target: str, read: str, score: float) -> None:
     assert text_score(target, read) == pytest.approx(score)
+
+
+def test_a_target_without_characters_asks_for_nothing() -> None:
+    with pytest.raises(ValueError, match="got ' ' as a target, expected at least one character"):
+        text_score(" ", "anything")
 
 
 def test_the_text_is_what_stands_in_quotes() -> None:
