@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ablate.recipe import ModelRecipe
-from ablate.source import InputError
+from ablate.source import InputError, parse_json, read_text
 from runners.identity import model_path, weight_files
 
 INDEX = "model_index.json"
@@ -97,13 +96,13 @@ def _snapshot(recipe: ModelRecipe) -> Path | None:
 
 
 def _lack(folder: Path, recipe: ModelRecipe) -> str:
-    """The first file that a pipeline's folder lacks of its index and its weights; empty where all are there."""
+    """The first file that a pipeline's folder lacks of its index and its weights; empty where all are there.
+
+    Raises InputError for an index that cannot be read.
+    """
     if not (folder / INDEX).exists():
         return INDEX
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{INDEX} that can be read"
+    index = parse_json(read_text(folder / INDEX), str(folder / INDEX))
     parts = [part for part in _parts(recipe) if part == TRANSFORMER or index.get(part, [None])[0]]
     files = [file for part in parts for file in weight_files(folder / part)]
     return next((str(file.relative_to(folder)) for file in files if not file.exists()), "")
