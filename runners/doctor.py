@@ -38,23 +38,21 @@ def examine(cells: Sequence[Cell], results: Path, *, dry_run: bool = True) -> It
     found = [finding for cell in recipes for finding in (*_model(cell), *_prompts(cell))]
     models = {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in cells}.values()
     found += filter(None, [downloads(list(models))])
-    found += _rewards(recipes)
     found += [finding for cell in cells for finding in _geometry(cell)]
-    if not any(finding.level == "problem" for finding in found):
-        found += [memory(cell) for cell in alike_in_memory(cells)]
+    needed = None
+    if all(finding.level != "problem" for finding in found):
+        found += [memory(cell) for cell in alike_in_memory(cells)]  # before rewards take some of it in this process
+        needed = estimated(cells[0])
+        found += [needed] if isinstance(needed, Finding) else host(needed)
+    found += _rewards(recipes)
     yield from dict.fromkeys(found)
     available = all(finding.level != "problem" for finding in found)
     if dry_run and available:
         yield _dry_run(cells[0])
     else:
         yield Finding("warning", "no dry run", "it needs the model" if dry_run else "leave out --no-dry-run")
-    if available:
-        needed = estimated(cells[0])
-        if isinstance(needed, Finding):
-            yield needed
-        else:
-            yield from host(needed)
-            yield disk(cells, results, needed.trained // COPIES)
+    if available and needed is not None and not isinstance(needed, Finding):
+        yield disk(cells, results, needed.trained // COPIES)
 
 
 def _versions() -> Finding:

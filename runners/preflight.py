@@ -164,7 +164,6 @@ def device_memory() -> tuple[int, int]:
 
     if not torch.cuda.is_available():
         return host_memory(), 1
-    torch.cuda.empty_cache()  # of rewards that have checked themselves in this process
     try:
         command = [sys.executable, "-c", ASK_FREE]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout

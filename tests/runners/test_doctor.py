@@ -254,6 +254,17 @@ def test_cells_that_differ_in_rewards_or_in_guidance_of_evaluations_are_not_alik
     assert len(preflight.alike_in_memory([cell, cell, *others])) == 4
 
 
+def test_memory_is_looked_at_before_rewards_take_some_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(doctor, "memory", lambda _: order.append("memory") or Finding("ok", "enough"))
+    monkeypatch.setattr(doctor, "host", lambda _: order.append("host") or [Finding("warning", "little left")])
+    monkeypatch.setattr(doctor, "_rewards", lambda _: order.append("rewards") or [])
+    found = [finding.what for finding in examine(cells(), tmp_path, dry_run=False)]
+    assert order[-1] == "rewards"
+    assert set(order) == {"memory", "host", "rewards"}
+    assert {"enough", "little left"} < set(found)
+
+
 # downloads
 
 
