@@ -65,11 +65,21 @@ def disk_bytes(cells: Sequence[Cell], trained_bytes: int) -> tuple[int, int]:
     return sum(cell.recipe.export_weights for cell in cells) * trained_bytes, 2 * CHECKPOINTED * trained_bytes
 
 
+def _disk(cells: Sequence[Cell], speed: Speed | None) -> tuple[int, int] | tuple[None, None]:
+    """What `disk_bytes` returns, where a bench has measured the weights."""
+    if speed is None or speed.trained_bytes is None:
+        return None, None
+    return disk_bytes(cells, speed.trained_bytes)
+
+
 def plan_json(plan: Plan, speed: Speed | None) -> dict[str, Any]:
-    """The plan as `ablate plan --json` prints it; other tools rely on these names."""
+    """The plan as `ablate plan --json` prints it; other tools rely on these names.
+
+    `weights_bytes` stay when a cell is finished, `checkpoint_bytes` are there while it is at work.
+    """
     cells = []
     for cell in plan.cells:
-        cost = passes(cell)
+        cost, (weights, checkpoints) = passes(cell), _disk([cell], speed)
         cells.append(
             {
                 **cell.model_dump(mode="json", include={"id", "objective", "estimator", "sampler", "seed", "axes"}),
@@ -77,11 +87,16 @@ def plan_json(plan: Plan, speed: Speed | None) -> dict[str, Any]:
                 "forwards": cost.forward,
                 "backwards": cost.backward,
                 "device_hours": device_hours(cell, cost, speed),
+                "weights_bytes": weights,
+                "checkpoint_bytes": checkpoints,
             }
         )
+    hours = [cell["device_hours"] for cell in cells]
     return {
         "format": FORMAT,
         "grid": plan.grid,
+        "device_hours": None if None in hours else sum(hours),
+        "weights_bytes": _disk(plan.cells, speed)[0],
         "cells": cells,
         "excluded": [combination.model_dump(mode="json") for combination in plan.excluded],
     }
@@ -111,11 +126,11 @@ def plan_table(plan: Plan, speed: Speed | None, width: int = 80) -> Group:
     else:
         total = sum(filter(None, hours))
         lines.append(f"Hours are of one cell on one device; {total:.1f} device-hours in all, without evaluation.")
-    if speed is not None and speed.trained_bytes is not None:
-        kept, at_work = (size / 2**30 for size in disk_bytes(plan.cells, speed.trained_bytes))
+    kept, at_work = _disk(plan.cells, speed)
+    if kept is not None and at_work is not None:
         lines.append(
-            f"Disk: {kept:.2g} GiB for the weights of all cells, and {at_work:.2g} GiB for the two checkpoints of each "
-            "cell at work."
+            f"GiB are of one finished cell's weights, {kept / 2**30:.2g} in all; the two checkpoints of each cell at "
+            f"work take {at_work / 2**30:.2g}."
         )
     return Group(*tables, Text("\n".join(lines)), *_excluded(plan))
 
@@ -136,16 +151,18 @@ def _table(axes: str, rows: list[list[Cell]], speed: Speed | None, with_recipe: 
         # a label may break between its parameters, never inside a word
         words = [name, *(word for cells in rows for word in _named(cells[0], name).split())]
         table.add_column(name, min_width=min(max(map(len, words)), WIDEST), overflow="fold")
-    for name in ("seeds", "rollout", "no grad", "grad", "hours"):
+    on_disk = _disk([], speed)[0] is not None
+    for name in ("seeds", "rollout", "no grad", "grad", "hours", *(["GiB"] if on_disk else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for cells in rows:
         cell, cost = cells[0], passes(cells[0])
-        hours = device_hours(cell, cost, speed)
+        hours, kept = device_hours(cell, cost, speed), _disk([cell], speed)[0]
         table.add_row(
             *(_named(cell, name) for name in names),
             str(len(cells)),
             *(f"{n:.4g}" for n in (cost.rollout, cost.forward, cost.backward)),
             "?" if hours is None else f"{hours:.2f}",
+            *([] if kept is None else [f"{kept / 2**30:.2g}"]),
         )
     return Group(*([Text(axes, style="bold cyan")] if axes else []), table, Text())
 

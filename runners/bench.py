@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ablate.passes import passes
 from ablate.plan import Cell
@@ -17,6 +17,13 @@ from runners.policy import SD3Policy
 from runners.provenance import provenance
 from runners.run import Run, set_up
 from runners.train import train_epoch
+
+_aten = torch.ops.aten
+# kernels of a CPU that torch's counter does not know, and those of a GPU that do as much
+LIKE = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+}
 
 
 class Bench(BaseModel):
@@ -31,7 +38,8 @@ class Bench(BaseModel):
     calls_per_second: float
     forwards_per_image: float
     backwards_per_image: float
-    flops_per_call: float
+    flops_per_call: float  # of one network input, without gradient
+    flops_per_backward: float  # of one with gradient, its forward and what is recomputed included
     flops_per_second: float  # over the whole epoch
     bare: float  # of the network calls that the plan needs, at the same batches, and nothing else
     efficiency: float  # bare / epoch
@@ -70,7 +78,7 @@ def _measure(run: Run) -> Bench:
     plan, calls = passes(run.cell), spent["forwards"] + 3 * spent["backwards"]
     rollouts = images * plan.rollout
     bare = _bare(run, rollouts, spent["forwards"] - rollouts, spent["backwards"])
-    flops = _flops_per_call(run)
+    flops, flops_backward = _flops(run), _flops(run, gradient=True)
     return Bench(
         cell=run.cell.id,
         device=provenance().device,
@@ -82,7 +90,8 @@ def _measure(run: Run) -> Bench:
         forwards_per_image=spent["forwards"] / images,
         backwards_per_image=spent["backwards"] / images,
         flops_per_call=flops,
-        flops_per_second=flops * calls / epoch,
+        flops_per_backward=flops_backward,
+        flops_per_second=(spent["forwards"] * flops + spent["backwards"] * flops_backward) / epoch,
         bare=bare,
         efficiency=bare / epoch,
         seconds_per_call=bare / calls,
@@ -93,18 +102,22 @@ def _measure(run: Run) -> Bench:
 
 
 def _bare(run: Run, rollouts: float, forwards: float, backwards: float) -> float:
-    """Seconds of so many calls: rollouts in rollout batches, the others in micro-batches."""
-    batch = run.batch_sizes.get("rollout", run.recipe.rollout.batch_size)
-    micro = run.batch_sizes.get("update", run.recipe.update.micro_batch_size)
-    without, small, gradient = _call(run, batch), _call(run, micro), _call(run, micro, gradient=True)
+    """Seconds of so many network inputs: rollouts in rollout batches, the others in micro-batches.
+
+    With guidance, a batch is twice as many inputs.
+    """
+    rollout, update = run.recipe.rollout, run.recipe.update
+    batch = run.batch_sizes.get("rollout", rollout.batch_size)
+    micro = run.batch_sizes.get("update", update.micro_batch_size)
+    sampling, training = (1 + (scale > 1) for scale in (rollout.guidance_scale, update.guidance_scale))
     return (
-        rollouts / batch * _seconds(run, without)
-        + forwards / micro * _seconds(run, small)
-        + backwards / micro * _seconds(run, gradient)
+        rollouts / (sampling * batch) * _seconds(run, _call(run, batch, rollout.guidance_scale))
+        + forwards / (training * micro) * _seconds(run, _call(run, micro, update.guidance_scale))
+        + backwards / (training * micro) * _seconds(run, _call(run, micro, update.guidance_scale, gradient=True))
     )
 
 
-def _call(run: Run, size: int, *, gradient: bool = False) -> Callable[[], None]:
+def _call(run: Run, size: int, guidance_scale: float = 1.0, *, gradient: bool = False) -> Callable[[], None]:
     policy = run.policy
     x = torch.randn(size, *policy.latent_shape, device=policy.device)
     sigma = torch.full((size,), 0.5, device=policy.device)
@@ -112,7 +125,7 @@ def _call(run: Run, size: int, *, gradient: bool = False) -> Callable[[], None]:
 
     def call() -> None:
         with torch.set_grad_enabled(gradient):
-            velocity = policy.velocity(x, sigma, conditioning)
+            velocity = policy.velocity(x, sigma, conditioning, guidance_scale)
             if gradient:
                 velocity.square().mean().backward()  # type: ignore[no-untyped-call]
 
@@ -132,8 +145,12 @@ def _seconds(run: Run, call: Callable[[], None], repeats: int = 3) -> float:
     return sorted(times)[repeats // 2]
 
 
-def _flops_per_call(run: Run) -> float:
-    """Floating-point operations of one image at one noise level, forward."""
-    with FlopCounterMode(display=False) as counter:
-        _call(run, 1)()
+def _flops(run: Run, *, gradient: bool = False) -> float:
+    """Floating-point operations of one image at one noise level; compiled blocks are counted as they are written."""
+    call = _call(run, 1, gradient=gradient)
+    counter = FlopCounterMode(display=False)
+    counter.flop_registry |= {kernel: flop_registry[known] for kernel, known in LIKE.items()}
+    with torch.compiler.set_stance("force_eager"), counter:
+        call()
+    run.optimizer.zero_grad()
     return float(counter.get_total_flops())

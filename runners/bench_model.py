@@ -20,7 +20,9 @@ axes: {objective: [epg], estimator: [{name: elbo, weight: adaptive}], sampler: [
 seeds: [0]
 """
 LARGE = """\
-model: {path: %s, dtype: bfloat16, lora_rank: 32, lora_alpha: 64, max_sequence_length: 128, resolution: 512}
+model:
+  {path: %s, dtype: bfloat16, lora_rank: 32, lora_alpha: 64, max_sequence_length: 128, resolution: 512,
+   offload_encoders: true, cache_embeddings: true}
 rollout: {num_groups: 48, group_size: 24, num_steps: 10, batch_size: 24}
 update: {updates_per_epoch: 1, num_points: 3, micro_batch_size: 9}
 reward: jpeg               # judges images of any size and content

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from PIL import Image
+
 from ablate.flow import diffusers_sigmas
 from ablate.plan import Cell
-from ablate.recipe import RewardSpec, reward_terms
-from ablate.record import read_cell, write_atomic
+from ablate.recipe import RewardSpec, RewardTerm, reward_terms
+from ablate.record import read_cell, read_record, write_atomic
 from ablate.source import FieldError, InputError, choices
 from runners.checkpoint import read_newest
 from runners.distributed import this_device
@@ -19,7 +22,8 @@ from runners.evaluation import NUM_PICTURED, contact_sheet, generate, means
 from runners.export import WEIGHTS, load
 from runners.policy import SD3Policy
 from runners.prompts import load_prompts
-from runners.rewards import WeightedSum, load_reward
+from runners.rewards import RewardOutput, RewardUnavailable, WeightedSum, load_reward
+from runners.rewards.protocol import Images
 from runners.scoring import Scorer
 
 PROTOCOL = {"split", "num_prompts", "num_steps", "guidance_scale", "seed"}  # of an evaluation: what images depend on
@@ -35,10 +39,11 @@ def evaluate_cells(
 ) -> Iterator[Row]:
     """One row per model, guidance scale and reward (by default the cell's own): a base, then the cells on it.
 
-    Cells are those with exported weights, or those of `ids` and of `checkpoints` (cells' folders, or files in their
-    checkpoint/) alone. A base is scored once for all cells that share model, prompts and protocol. Writes
-    evaluations/<model>-guidance-<scale>.json and a picture of each into the results. A guidance scale of None is the
-    recipe's. Raises InputError for unknown rewards and cells, and cells without weights or an intact checkpoint.
+    Cells are the finished ones with exported weights, or those of `ids` and of `checkpoints` (cells' folders, or files
+    in their checkpoint/) alone. A base is scored once for all cells that share model, prompts and protocol. Writes
+    evaluations/<model>-guidance-<scale>.json, a picture of each, and a folder with all of its images into the results.
+    A guidance scale of None is the recipe's. Raises InputError for unknown rewards and those that cannot score here,
+    unknown cells, and cells without weights or an intact checkpoint.
     """
     trained = [_checkpointed(path) for path in checkpoints]
     if ids or not checkpoints:
@@ -48,6 +53,8 @@ def evaluate_cells(
     for one in trained if not rewards else ():
         _check_own(one)
     scoring = _Scoring(target=results / "evaluations", asked=rewards)
+    for spec in scoring.wanted([one.cell for one in trained]):
+        scoring.load(spec)
     scoring.target.mkdir(parents=True, exist_ok=True)
     for cells in _grouped(trained, lambda t: t.cell.recipe.model.model_dump_json()):
         policy = SD3Policy(cells[0].cell.recipe.model, this_device())
@@ -89,13 +96,20 @@ class _Trained:
 
 def _exported(results: Path, ids: Sequence[str]) -> list[_Trained]:
     """The finished cells of some results, or those of `ids`."""
-    folders = [path.parent for path in sorted(results.glob("*/cell.json")) if (path.parent / WEIGHTS).is_dir()]
+    folders = [path.parent for path in sorted(results.glob("*/cell.json")) if _finished(path.parent)]
     if not folders:
-        raise InputError(f"{results}: no cell with exported weights; --checkpoint scores one that is not finished")
+        raise InputError(f"{results}: no finished cell with exported weights; --checkpoint scores one that is at work")
     names = [folder.name for folder in folders]
     if unknown := [name for name in ids if name not in names]:
-        raise InputError(f"--cell {unknown[0]}: no such cell with exported weights{choices(unknown[0], names)}")
+        raise InputError(
+            f"--cell {unknown[0]}: no such finished cell with exported weights{choices(unknown[0], names)}"
+        )
     return [_Trained(cell=read_cell(folder), folder=folder) for folder in folders if not ids or folder.name in ids]
+
+
+def _finished(folder: Path) -> bool:
+    record = read_record(folder)
+    return record is not None and record.status.final and (folder / WEIGHTS).is_dir()
 
 
 def _checkpointed(path: Path) -> _Trained:
@@ -118,11 +132,22 @@ def _check_own(trained: _Trained) -> None:
 
 
 def _called(spec: RewardSpec) -> str:
-    """A name, or several with their weights."""
+    """All that a reward is: a name, or several with their weights; with labels and parameters, where there are any."""
+
+    def named(term: RewardTerm) -> str:
+        given = ", ".join(f"{key}={json.dumps(value)}" for key, value in sorted(term.parameters.items()))
+        label = f" as {term.label}" if term.label else ""
+        return f"{term.name}{f'({given})' if given else ''}{label}"
+
     terms = reward_terms(spec)
     if len(terms) == 1 and terms[0].weight == 1:
-        return terms[0].called
-    return " + ".join(f"{term.weight:g} {term.called}" for term in terms)
+        return named(terms[0])
+    return " + ".join(f"{term.weight:g} {named(term)}" for term in terms)
+
+
+def _or_none(value: float) -> float | None:
+    """What JSON can hold."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _grouped(trained: Sequence[_Trained], key: Callable[[_Trained], str]) -> list[list[_Trained]]:
@@ -159,29 +184,57 @@ class _Scoring:
         with policy.using("reference"):  # never refreshed here, so it is the model's own
             yield from self.rows("base", cells[0], policy, self.wanted(cells))
 
+    def load(self, spec: RewardSpec) -> WeightedSum:
+        """A reward with its weights, on the device. Raises InputError where it cannot score here."""
+        called = _called(spec)
+        if called not in self.loaded:
+            reward = load_reward(spec)
+            try:
+                reward.load(str(this_device()))
+                reward.self_check()
+            except RewardUnavailable as error:
+                raise InputError(str(error)) from None
+            self.loaded[called] = reward
+        return self.loaded[called]
+
     def rows(self, model: str, cell: Cell, policy: SD3Policy, specs: Sequence[RewardSpec]) -> Iterator[Row]:
-        """Generate and score the held-out images of the weights in use: a row per reward, a file and a picture."""
-        recipe = cell.recipe.evaluation
+        """Generate and score the held-out images of the weights in use: a row per reward, a file and all images."""
+        recipe, base = cell.recipe.evaluation, _base(cell)
         prompts = load_prompts(cell.recipe.prompts).fixed(recipe.split, recipe.num_prompts)
+        asked = [replace(prompt, group=i) for i, prompt in enumerate(prompts)]
         sigmas = diffusers_sigmas(recipe.num_steps, policy.shift)
         images = generate(policy, prompts, range(len(prompts)), recipe, sigmas, cell.recipe.rollout.batch_size)
-        label = f"{_base(cell) if model == 'base' else model}-guidance-{recipe.guidance_scale:g}"
-        contact_sheet(images[:NUM_PICTURED]).save(self.target / f"{label}.png")
-        found: dict[str, Mapping[str, float]] = {}
+        label = f"{base if model == 'base' else model}-guidance-{recipe.guidance_scale:g}"
+        files = self._keep(images, label)
+        found: dict[str, Row] = {}
+        outputs: dict[str, RewardOutput] = {}
         for spec in specs:
-            called = _called(spec)
-            if called not in self.loaded:
-                self.loaded[called] = load_reward(spec)
-                self.loaded[called].load(str(policy.device))
-            scores = Scorer(self.loaded[called], cell.recipe.scoring.timeout)(images, prompts)
-            values = means("eval", scores, prompts)
-            found[called] = {key.removeprefix("eval/"): value for key, value in values.items()}
-            shown = {key: value for key, value in found[called].items() if "/" not in key}
-            yield {"model": model, "guidance": recipe.guidance_scale, "reward": called, **shown}
+            called, reward = _called(spec), self.load(spec)
+            scores = Scorer(reward, cell.recipe.scoring.timeout, device=str(policy.device))(images, asked)
+            values = {k.removeprefix("eval/"): v for k, v in means("eval", scores, prompts).items()}
+            outputs[called], missing = scores, int(scores.missing.sum())
+            found[called] = {"identities": reward.identities, "missing": missing}
+            found[called] |= {key: _or_none(value) for key, value in values.items()}
+            shown = {key: value for key, value in values.items() if "/" not in key}
+            yield {"model": model, "guidance": recipe.guidance_scale, "reward": called, "missing": missing, **shown}
         content = {
             "model": model,
-            "base": _base(cell),
+            "base": base,
             "evaluation": recipe.model_dump(mode="json"),
             "rewards": found,
+            "images": [
+                {"file": file, "prompt": prompt.text, "scores": {n: _or_none(o.score[i]) for n, o in outputs.items()}}
+                for i, (file, prompt) in enumerate(zip(files, prompts, strict=True))
+            ],
         }
-        write_atomic(self.target / f"{label}.json", json.dumps(content, indent=1) + "\n")
+        text = json.dumps(content, indent=1, allow_nan=False)
+        write_atomic(self.target / f"{label}.json", text + "\n")
+
+    def _keep(self, images: Images, label: str) -> list[str]:
+        """Write all images, and one picture of the first of them; the files' names."""
+        contact_sheet(images[:NUM_PICTURED]).save(self.target / f"{label}.png")
+        (self.target / label).mkdir(exist_ok=True)
+        files = [f"{label}/{i:04}.png" for i in range(len(images))]
+        for file, image in zip(files, images, strict=True):
+            Image.fromarray(image).save(self.target / file)
+        return files

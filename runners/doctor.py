@@ -21,7 +21,7 @@ from runners.distributed import this_device
 from runners.dry_run import dry_run as go_through
 from runners.hub import check_model
 from runners.memory_estimate import COPIES
-from runners.preflight import EMBEDDED, Finding, alike_in_memory, disk, estimated, memory
+from runners.preflight import EMBEDDED, Finding, alike_in_memory, disk, downloads, estimated, host, memory
 from runners.prompts import load_prompts
 from runners.rewards import RewardUnavailable, load_term
 
@@ -36,19 +36,23 @@ def examine(cells: Sequence[Cell], results: Path, *, dry_run: bool = True) -> It
     yield from _driver()
     recipes = {cell.recipe.model_dump_json(): cell for cell in cells}.values()
     found = [finding for cell in recipes for finding in (*_model(cell), *_prompts(cell))]
-    found += _rewards(recipes)
+    models = {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in cells}.values()
+    found += filter(None, [downloads(list(models))])
     found += [finding for cell in cells for finding in _geometry(cell)]
-    if not any(finding.level == "problem" for finding in found):
-        found += [memory(cell) for cell in alike_in_memory(cells)]
+    needed = None
+    if all(finding.level != "problem" for finding in found):
+        found += [memory(cell) for cell in alike_in_memory(cells)]  # before rewards take some of it in this process
+        needed = estimated(cells[0])
+        found += [needed] if isinstance(needed, Finding) else host(needed)
+    found += _rewards(recipes)
     yield from dict.fromkeys(found)
     available = all(finding.level != "problem" for finding in found)
     if dry_run and available:
         yield _dry_run(cells[0])
     else:
         yield Finding("warning", "no dry run", "it needs the model" if dry_run else "leave out --no-dry-run")
-    if available:
-        needed = estimated(cells[0])
-        yield needed if isinstance(needed, Finding) else disk(cells, results, needed.trained // COPIES)
+    if available and needed is not None and not isinstance(needed, Finding):
+        yield disk(cells, results, needed.trained // COPIES)
 
 
 def _versions() -> Finding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from diffusers import StableDiffusion3Pipeline
@@ -11,11 +13,10 @@ from torch import Tensor
 
 from ablate.plan import Cell
 from ablate.recipe import ModelRecipe
-from ablate.record import write_atomic
 from ablate.source import InputError
 from runners.policy import SD3Policy
 
-WEIGHTS = "weights"
+WEIGHTS, PARTIAL = "weights", "weights.partial"
 LORA = "pytorch_lora_weights.safetensors"
 CARD = """\
 ---
@@ -43,12 +44,23 @@ Rewards can be raised in ways that nobody wanted: look at images of prompts that
 
 
 def export(folder: Path, cell: Cell, policy: SD3Policy) -> None:
-    """Write the averaged weights and a card to weights/ in a cell's folder."""
-    target = folder / WEIGHTS
-    target.mkdir(exist_ok=True)
-    model = cell.recipe.model
+    """Write the averaged weights and a card to weights/ in a cell's folder: all of it, or nothing that has its name."""
+    partial, target = folder / PARTIAL, folder / WEIGHTS
+    for left in (partial, target):  # of an attempt that was killed, or that failed later
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir()
+    _save(partial, policy)
+    (partial / "README.md").write_text(_card(cell), encoding="utf-8")
+    for path in (*partial.rglob("*"), partial):  # on the disk before it has its name
+        _sync(path)
+    partial.replace(target)
+    _sync(folder)
+
+
+def _save(target: Path, policy: SD3Policy) -> None:
+    """The averaged weights, as diffusers writes them."""
     with policy.using("average"):
-        if model.lora_rank is None:
+        if policy.recipe.lora_rank is None:
             policy.network.save_pretrained(target / "transformer")
         else:
             StableDiffusion3Pipeline.save_lora_weights(
@@ -56,9 +68,13 @@ def export(folder: Path, cell: Cell, policy: SD3Policy) -> None:
                 transformer_lora_layers=get_peft_model_state_dict(policy.network),
                 transformer_lora_adapter_metadata=policy.network.peft_config["default"].to_dict(),
             )
+
+
+def _card(cell: Cell) -> str:
+    model = cell.recipe.model
     lora = model.lora_rank is not None
     here = 'SD3Transformer2DModel.from_pretrained("transformer", dtype=torch.bfloat16)  # from diffusers too'
-    card = CARD.format(
+    return CARD.format(
         base=model.path,
         revision=f" at `{model.revision}`" if model.revision else "",
         id=cell.id,
@@ -72,7 +88,15 @@ def export(folder: Path, cell: Cell, policy: SD3Policy) -> None:
         load='pipe.load_lora_weights(".")' if lora else f"pipe.transformer = {here}",
         guidance=cell.recipe.evaluation.guidance_scale,
     )
-    write_atomic(target / "README.md", card)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which files a folder has."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load(folder: Path, policy: SD3Policy) -> None:

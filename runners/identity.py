@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import resources
 from pathlib import Path
 
 from ablate.recipe import PromptsRecipe, Recipe, RewardSpec
 from ablate.source import FieldError, InputError, choices
-from runners.digest import file_digest
+from runners.digest import DIGITS, digest, file_digest, weights_sha256
 from runners.prompts import BUILT_IN, load_prompts, read_prompts
 from runners.rewards import RewardUnavailable, load_reward
 
@@ -78,7 +79,21 @@ def _model(path: str) -> str:
     if not folder.exists() and not is_hub_id(path):
         expected = "expected `tiny`, a folder written by save_pretrained, or a hub id like owner/name"
         raise FieldError("model.path", f"got {path!r}, {expected}{choices(path, ['tiny'])}")
-    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    if not weights.exists():  # on the hub, where the recipe's revision identifies it
+    weights = [file for file in weight_files(folder / "transformer") if file.exists()]
+    if not weights:  # on the hub, where the recipe's revision identifies it
         return path
-    return file_digest(weights)
+    digests = [weights_sha256(file)[:DIGITS] for file in weights]
+    return digests[0] if len(digests) == 1 else digest("".join(digests))
+
+
+def weight_files(part: Path) -> list[Path]:
+    """The files that hold the weights of a pipeline's part: one, or an index and its shards; they need not exist."""
+    single = part / f"{'model' if part.name.startswith('text_encoder') else 'diffusion_pytorch_model'}.safetensors"
+    index = single.with_name(f"{single.name}.index.json")
+    if single.exists() or not index.exists():
+        return [single]
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise InputError(f"{index}: not an index of weights, as save_pretrained writes it") from None
+    return [index, *(single.with_name(name) for name in shards)]

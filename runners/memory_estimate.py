@@ -26,10 +26,13 @@ from torch.utils._pytree import tree_leaves
 from ablate.components import build
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
-from ablate.recipe import ModelRecipe, Recipe
+from ablate.recipe import ModelRecipe, Recipe, reward_terms
+from runners.attention import use_kernel
 from runners.embeddings import CLIP_TOKENS, MOST
+from runners.hub import ENCODERS
 from runners.identity import model_path
-from runners.policy import ENCODERS, add_lora, attention, images_at_once
+from runners.policy import add_lora, images_at_once
+from runners.rewards import load_term
 
 COPIES = 7  # of trained weights in float32: current, gradient, old, reference, average, and Adam's two moments
 
@@ -50,27 +53,43 @@ class MemoryEstimate:
 
     weights: int  # frozen: transformer and autoencoder
     encoders: int  # frozen: text encoders
+    rewards: int  # as they state it themselves; those of one's own do not
     trained: int  # weights with their copies, gradients and the optimizer's moments
     prompts: int  # embeddings that are kept for later epochs
     samples: int  # of an epoch: latents, recorded steps and embeddings
     joining: int  # the batches of a rollout into one: for a moment both are there
     probe: int  # of an epoch, and what an update takes of it and of the embeddings
     rollout: int  # one batch of network calls
+    evaluation: int  # the same under its own guidance, and its embeddings; there are no samples then
     update: int  # one micro-batch, forward and backward
+    step: int  # of the optimizer: the square roots of all second moments
     decode: int  # one batch of images
+    host: int  # of the machine, for each process that has a GPU
     offloaded: bool  # encoders are there only while they encode
+    rewards_offloaded: bool  # rewards are not there during updates
 
     @property
     def peak(self) -> int:
         """The most that is there at once."""
-        at_work = self.samples + self.work
-        beside = max(self.encoders, at_work) if self.offloaded else self.encoders + at_work
+        updating = self.updating if self.rewards_offloaded else self.updating + self.rewards
+        at_work = self.samples + max(self.sampling + self.rewards, updating)
+        beside = max(self.encoders + self.rewards, at_work) if self.offloaded else self.encoders + at_work
         return self.weights + self.trained + self.prompts + beside
 
     @property
+    def sampling(self) -> int:
+        """The most beside the samples while images are made; evaluation comes when the samples are gone."""
+        return max(self.joining, self.rollout, self.evaluation - self.samples, self.decode)
+
+    @property
+    def updating(self) -> int:
+        """The most beside the samples during an update."""
+        return self.probe + max(self.update, self.step)
+
+    @property
     def work(self) -> int:
-        """The most beside the samples, of all that comes one after the other."""
-        return max(self.joining, self.rollout, self.decode, self.probe + self.update)
+        """The most beside the samples and the rewards, of all that comes one after the other."""
+        return max(self.sampling, self.updating)
 
 
 def read_architecture(recipe: ModelRecipe) -> Architecture:
@@ -114,13 +133,12 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
     if model.lora_rank is not None:
         with torch.device("meta"):
             add_lora(network, model)
+    use_kernel(network, model.attention)
     if model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     parts = [t for part in (network, autoencoder) for t in (*part.parameters(), *part.buffers())]
     frozen = sum(t.numel() for t in parts if not t.requires_grad)  # the positions of SD 3.5 alone are 226 million
-    # the CPU, on which this is counted, has neither of two kernels; they keep as little as flash
-    counted = model.model_copy(update={"attention": "auto"}) if model.attention in ("efficient", "cudnn") else model
     side = model.resolution // 2 ** (len(autoencoder.config.block_out_channels) - 1)
     latent = (network.config.in_channels, side, side)
     tokens = (architecture.num_clip_tokens + model.max_sequence_length, network.config.joint_attention_dim)
@@ -140,7 +158,7 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
 
             def run() -> None:
                 casting = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-                with torch.set_grad_enabled(gradient), casting, attention(counted):
+                with torch.set_grad_enabled(gradient), casting:
                     velocity = network(**inputs, return_dict=False)[0]
                 if gradient:
                     velocity.float().square().mean().backward()
@@ -155,18 +173,27 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
             decode = _peak(lambda: autoencoder.decode(latents, return_dict=False))
         update = call(recipe.update.micro_batch_size, recipe.update.guidance_scale, gradient=True)
         rollout = call(recipe.rollout.batch_size, recipe.rollout.guidance_scale)
+        evaluation = call(recipe.rollout.batch_size, recipe.evaluation.guidance_scale)
     size = dtype.itemsize
     embedding = size * (tokens[0] * tokens[1] + network.config.pooled_projection_dim)
+    weights, encoders, rewards = size * frozen, size * architecture.num_encoder_parameters, _rewards(recipe)
+    away = encoders * model.offload_encoders + rewards * recipe.scoring.offload
+    loaded = weights + encoders + (0 if model.lora_rank else size * trained)  # before it goes to the device
     return MemoryEstimate(
-        weights=size * frozen,
-        encoders=size * architecture.num_encoder_parameters,
+        weights=weights,
+        encoders=encoders,
+        rewards=rewards,
         trained=4 * COPIES * trained,
         prompts=embedding * _num_prompts(recipe),
         **_samples(cell, 4 * latent[0] * side * side, embedding, num_devices),
         rollout=rollout,
+        evaluation=evaluation + embedding * recipe.evaluation.num_prompts // num_devices,
         update=update,
+        step=4 * trained,
         decode=decode,
+        host=max(loaded, away + _images(recipe) // num_devices),
         offloaded=model.offload_encoders,
+        rewards_offloaded=recipe.scoring.offload,
     )
 
 
@@ -195,6 +222,20 @@ def _samples(cell: Cell, latent: int, embedding: int, num_devices: int) -> dict[
         "probe": chosen * probed + chosen // updates * (embedding + probed),
     }
     return {name: size // num_devices for name, size in sizes.items()}
+
+
+def _rewards(recipe: Recipe) -> int:
+    """Bytes of the weights of all rewards and of the panel; equal ones are in memory once."""
+    terms = (*reward_terms(recipe.reward), *reward_terms(recipe.evaluation.panel))
+    rewards = {id(reward): reward for reward in map(load_term, terms)}
+    return int(sum(2**30 * reward.about.gibibytes for reward in rewards.values()))
+
+
+def _images(recipe: Recipe) -> int:
+    """Bytes of the images of an epoch, or of an evaluation, whose batches become one array."""
+    rollout = recipe.rollout
+    drawn = rollout.num_groups * (rollout.candidates or rollout.group_size)
+    return 3 * recipe.model.resolution**2 * max(drawn, 2 * recipe.evaluation.num_prompts)
 
 
 def _num_prompts(recipe: Recipe) -> int:

@@ -7,7 +7,7 @@ LoRA's, or all of the transformer's), exchanged in place, so that one network se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -18,14 +18,15 @@ from diffusers.utils import logging
 from numpy.typing import NDArray
 from peft import LoraConfig
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import logging as transformers_logging
 
 from ablate.flow import Velocity
 from ablate.recipe import ModelRecipe
 from ablate.source import InputError
+from runners.attention import check_kernel, use_kernel
 from runners.compiling import compile_blocks
 from runners.embeddings import Conditioning, Embeddings, cache_folder
+from runners.hub import ENCODERS, cached_commit
 from runners.identity import model_path
 from runners.memory import in_memory
 
@@ -40,13 +41,6 @@ LORA_TARGETS = [
 
 SECOND_ATTENTION = [f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]  # of the dual-attention blocks
 DECODED_IMAGES, DECODED_PIXELS = 32, 2**21  # at once: fastest for small images, two gigabytes for large ones
-ATTENTION = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def add_lora(network: SD3Transformer2DModel, recipe: ModelRecipe) -> None:
@@ -61,11 +55,6 @@ def add_lora(network: SD3Transformer2DModel, recipe: ModelRecipe) -> None:
     network.add_adapter(config)
 
 
-def attention(recipe: ModelRecipe) -> AbstractContextManager[None]:
-    """The context in which torch takes the recipe's attention kernel."""
-    return sdpa_kernel(ATTENTION[recipe.attention]) if recipe.attention != "auto" else nullcontext()
-
-
 def images_at_once(recipe: ModelRecipe) -> int:
     """How many images are decoded together."""
     return max(1, min(DECODED_IMAGES, DECODED_PIXELS // recipe.resolution**2))
@@ -78,6 +67,7 @@ class SD3Policy:
     """Embeddings of the texts, each computed once."""
 
     def __init__(self, recipe: ModelRecipe, device: torch.device, pipe: StableDiffusion3Pipeline | None = None) -> None:
+        check_kernel(recipe.attention, device)
         self.device = device
         self.recipe = recipe
         torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")
@@ -95,6 +85,7 @@ class SD3Policy:
         network.requires_grad_(recipe.lora_rank is None)
         if recipe.lora_rank is not None:
             add_lora(network, recipe)
+        use_kernel(network, recipe.attention)
         if recipe.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if recipe.compile:
@@ -120,21 +111,24 @@ class SD3Policy:
     @torch.no_grad()
     def _encode(self, texts: list[str]) -> Conditioning:
         """Embeddings, each text by itself; offloaded encoders visit the device for as long as it takes."""
-        for encoder in self._encoders if self.recipe.offload_encoders else ():
-            encoder.to(self.device)
-        encoded = [
-            self.pipe.encode_prompt(
-                text,
-                None,
-                None,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.recipe.max_sequence_length,
-                device=self.device,
-            )
-            for text in texts
-        ]
-        for encoder in self._encoders if self.recipe.offload_encoders else ():
-            encoder.to("cpu")
+        visiting = self._encoders if self.recipe.offload_encoders else []
+        try:
+            for encoder in visiting:
+                encoder.to(self.device)
+            encoded = [
+                self.pipe.encode_prompt(
+                    text,
+                    None,
+                    None,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self.recipe.max_sequence_length,
+                    device=self.device,
+                )
+                for text in texts
+            ]
+        finally:
+            for encoder in visiting:
+                encoder.to("cpu")
         return Conditioning(torch.cat([e[0] for e in encoded]), torch.cat([e[2] for e in encoded]))
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0) -> Tensor:
@@ -155,7 +149,7 @@ class SD3Policy:
 
     def _call(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = getattr(torch, self.recipe.dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32), attention(self.recipe):
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             output: Tensor = self.network(
                 hidden_states=x.to(dtype),
                 timestep=1000 * sigma.to(x.device, torch.float32),
@@ -223,12 +217,15 @@ class SD3Policy:
 
 
 def _cache(recipe: ModelRecipe) -> Path:
-    """The folder of this recipe's embeddings; local encoders count with the size and time of their files."""
+    """The folder of this recipe's embeddings; local encoders count with the size and time of their files.
+
+    Those of the hub count with their commit, which a branch such as `main` does not name for ever.
+    """
     folder = Path(model_path(recipe.path))
     files = sorted(p for name in ENCODERS for p in (folder / name).glob("*") if p.is_file())
     return cache_folder(
         model=str(folder.resolve()) if folder.exists() else recipe.path,
-        revision=recipe.revision,
+        revision=cached_commit(recipe) or recipe.revision,
         files=[(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files],
         max_sequence_length=recipe.max_sequence_length,
         dtype=recipe.dtype,

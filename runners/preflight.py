@@ -6,7 +6,10 @@ Torch-free until a model other than the embedded one is to be estimated.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from ablate.forecast import disk_bytes
 from ablate.geometry import possible_devices
 from ablate.plan import Cell
+from ablate.recipe import ModelRecipe
 from ablate.record import read_record
 from ablate.source import set_path
 from runners.identity import model_path
@@ -22,8 +26,12 @@ from runners.identity import model_path
 if TYPE_CHECKING:
     from runners.memory_estimate import MemoryEstimate
 
-FREE = 0.92  # of a device's memory; the rest is its context, and holes between tensors
+USABLE = 0.92  # of the memory that is free; the rest goes into holes between tensors
+PATIENCE = 60  # seconds that a process has to import torch and ask the driver
+# in a process of its own: the context that asking makes takes half a gigabyte for as long as the process lives
+ASK_FREE = "import torch; print(min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"
 EMBEDDED = "tiny"  # its cells take less than a gigabyte of memory
+MEMINFO = Path("/proc/meminfo")
 ROLLOUT, UPDATE = "rollout.batch_size", "update.micro_batch_size"
 
 
@@ -54,9 +62,10 @@ def preflight(cells: Sequence[Cell], folder: Path, *, workers: int = 1, processe
                 continue
             trained = max(trained, needed.trained // COPIES)
             shared = -(-workers * processes // num_devices)  # cells on one device
-            if shared * needed.peak >= FREE * there:
+            if shared * needed.peak >= USABLE * there:
                 hint = "`ablate doctor` on this grid says what fits"
                 found.append(Finding("warning", _in_words(needed, there, shared), hint))
+            found += host(needed, workers * processes)
     found.append(disk(todo, folder, trained, workers))
     yield from (finding for finding in found if finding.level != "ok")
 
@@ -72,8 +81,9 @@ def alike_in_memory(cells: Sequence[Cell]) -> list[Cell]:
     most: dict[str, Cell] = {}
     for cell in cells:
         recipe = cell.recipe
-        guided = (recipe.rollout.guidance_scale > 1, recipe.update.guidance_scale > 1)
-        key = str([recipe.model, recipe.rollout.batch_size, recipe.update.micro_batch_size, guided])
+        guided = [part.guidance_scale > 1 for part in (recipe.rollout, recipe.update, recipe.evaluation)]
+        rewards = [recipe.reward, recipe.evaluation.panel, recipe.scoring.offload]
+        key = str([recipe.model, recipe.rollout.batch_size, recipe.update.micro_batch_size, guided, rewards])
         if key not in most or kept(cell) > kept(most[key]):
             most[key] = cell
     return list(most.values())
@@ -97,7 +107,7 @@ def memory(cell: Cell) -> Finding:
     needed = estimated(cell)
     if isinstance(needed, Finding):
         return needed
-    limit = FREE * there
+    limit = USABLE * there
     what, remedies = _in_words(needed, there), []
     together = max(n for n in possible_devices(cell.recipe) if n <= num_devices)
     if together > 1 and isinstance(each := estimated(cell, together), type(needed)):
@@ -118,7 +128,7 @@ def batches_that_fit(cell: Cell, needed: MemoryEstimate, limit: float) -> dict[s
     given = {ROLLOUT: cell.recipe.rollout.batch_size, UPDATE: cell.recipe.update.micro_batch_size}
     sizes = dict(given)
     while needed.peak >= limit:
-        work = {ROLLOUT: needed.rollout, UPDATE: needed.probe + needed.update}
+        work = {ROLLOUT: max(needed.rollout, needed.evaluation - needed.samples), UPDATE: needed.probe + needed.update}
         largest = max(work, key=lambda field: work[field])
         if sizes[largest] == 1 or work[largest] < needed.work:
             return {}
@@ -138,19 +148,61 @@ def with_fields(cell: Cell, fields: Mapping[str, object]) -> Cell:
     return cell.model_copy(update={"recipe": type(cell.recipe).model_validate(data)})
 
 
-def device_memory() -> tuple[int, int]:
-    """Bytes of a device, and how many devices there are; without a GPU, the machine's memory."""
+def host(needed: MemoryEstimate, processes: int = 1) -> Iterator[Finding]:
+    """What speaks against so many processes in the memory of a machine with GPUs; without them there is one memory."""
     import torch  # noqa: PLC0415
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and processes * needed.host >= USABLE * (there := host_memory()):
+        each = f", for each of {processes} processes" if processes > 1 else ""
+        what = f"memory of the machine: about {needed.host / 2**30:.2g} GiB{each}, of {there / 2**30:.0f} free"
+        yield Finding("warning", what, "fewer workers, or model.offload_encoders and scoring.offload set to false")
+
+
+def device_memory() -> tuple[int, int]:
+    """Bytes free on the fullest device, and how many devices there are; without a GPU, those of the machine."""
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        return host_memory(), 1
+    try:
+        command = [sys.executable, "-c", ASK_FREE]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+        return int(answer), torch.cuda.device_count()
+    except (OSError, subprocess.SubprocessError, ValueError):
         return torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 1
+
+
+def host_memory() -> int:
+    """Bytes of the machine's memory that can be had, caches of files included; all of it where that is not told."""
+    try:
+        (kilobytes,) = re.findall(r"^MemAvailable: +(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
+        return 1024 * int(kilobytes)
+    except (OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def downloads(models: Sequence[ModelRecipe]) -> Finding | None:
+    """Weights still to come from the hub, against what is free where its cache is; None where all are there."""
+    from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
+
+    from runners.hub import download_bytes  # noqa: PLC0415
+
+    sizes: dict[tuple[str, str | None], int] = {}
+    for model in models:
+        of = (model.path, model.revision)
+        sizes[of] = max(sizes.get(of, 0), download_bytes(model))
+    if not (needed := sum(sizes.values())):
+        return None
+    home, free = _free(Path(HF_HUB_CACHE))
+    text = f"{needed / 2**30:.3g} GiB of models to download, {free / 2**30:.0f} GiB free at {home}"
+    if needed < 0.9 * free:
+        return Finding("ok", text)
+    return Finding("problem", text, "set HF_HOME to a folder on another disk")
 
 
 def disk(cells: Sequence[Cell], results: Path, trained_bytes: int, workers: int = 1) -> Finding:
     """Two checkpoints of each cell at work and the weights of finished ones, against what is free."""
-    home = next(p for p in [results.resolve(), *results.resolve().parents] if p.exists())
-    free = shutil.disk_usage(home).free
+    home, free = _free(results)
     kept, at_work = disk_bytes(cells, trained_bytes)
     needed = kept + min(workers, len(cells)) * at_work
     text = f"{needed / 2**30:.2f} GiB for weights and checkpoints, {free / 2**30:.0f} GiB free at {home}"
@@ -159,11 +211,17 @@ def disk(cells: Sequence[Cell], results: Path, trained_bytes: int, workers: int 
     return Finding("problem", text, "give --results another disk, or set export_weights to false")
 
 
+def _free(folder: Path) -> tuple[Path, int]:
+    """The nearest folder that exists, and the bytes that are free there."""
+    home = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
+    return home, shutil.disk_usage(home).free
+
+
 def _in_words(needed: MemoryEstimate, there: int, shared: int = 1) -> str:
-    names = ("weights", "encoders", "trained", "prompts", "samples", "work")
+    names = ("weights", "encoders", "rewards", "trained", "prompts", "samples", "work")
     listed = ", ".join(f"{name} {getattr(needed, name) / 2**30:.2g}" for name in names)
     of_each = f" for each of {shared} cells" if shared > 1 else ""
-    return f"memory: about {needed.peak / 2**30:.2g} GiB{of_each} of {there / 2**30:.0f} ({listed})"
+    return f"memory: about {needed.peak / 2**30:.2g} GiB{of_each} of {there / 2**30:.0f} free ({listed})"
 
 
 def _weights_file() -> int:

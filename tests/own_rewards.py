@@ -44,6 +44,11 @@ def undefined(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
     return np.full(len(images), np.nan)
 
 
+def of_the_self_check(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+    """A number for the prompt of the self-check alone."""
+    return np.where(["OK" in prompt.text for prompt in prompts], brightness(images, prompts), np.nan)
+
+
 def of_five(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
     """Five scores, whatever the number of images."""
     return np.zeros(5)

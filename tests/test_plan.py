@@ -279,7 +279,10 @@ def test_json_is_what_other_tools_rely_on(planned: Any) -> None:
         "forwards": 13.5,
         "backwards": 9,
         "device_hours": None,
+        "weights_bytes": None,
+        "checkpoint_bytes": None,
     }
+    assert (document["device_hours"], document["weights_bytes"]) == (None, None)
     assert document["excluded"] == [
         {
             "objective": "grpo",
@@ -321,15 +324,27 @@ def test_a_bench_forecasts_hours_and_disk(planned: Any, tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(measured))
     speed = read_bench(tmp_path / "bench.json")
     hours = 5 * 48 * 24 * ((10 + 27) * 0.1 + 2) / 3600
-    assert plan_json(plan, speed)["cells"][0]["device_hours"] == pytest.approx(hours)
+    document, number = plan_json(plan, speed), len(plan.cells)
+    cell = document["cells"][0]
+    assert cell["device_hours"] == pytest.approx(hours)
+    assert (cell["weights_bytes"], cell["checkpoint_bytes"]) == (2**30, 10 * 2**30)
+    assert document["device_hours"] == pytest.approx(number * hours)
+    assert document["weights_bytes"] == number * 2**30
     console = Console(width=100)
     with console.capture() as captured:
         console.print(plan_table(plan, speed))
-    weights = len(plan.cells)
-    assert f"Disk: {weights} GiB for the weights of all cells, and 10 GiB for the two checkpoints" in captured.get()
+    head, row = captured.get().splitlines()[:2]
+    assert (head.split()[-1], row.split()[-1]) == ("GiB", "1")
+    assert f"GiB are of one finished cell's weights, {number} in all; the two checkpoints" in captured.get()
     (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(InputError, match="not the result of `ablate bench"):
         read_bench(tmp_path / "bench.json")
+
+
+def test_a_cell_that_keeps_no_weights_needs_disk_for_its_checkpoints_alone(planned: Any) -> None:
+    plan = planned("[reinforce]", override="{budget: {epochs: 5}, export_weights: false}")
+    cell = plan_json(plan, Speed(seconds_per_call=0.1, trained_bytes=100))["cells"][0]
+    assert (cell["weights_bytes"], cell["checkpoint_bytes"]) == (0, 1000)
 
 
 def shown(plan: Plan, rate: float | None, width: int = 80) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -17,10 +19,14 @@ from ablate.passes import passes
 from ablate.plan import make_plan
 from ablate.recipe import ModelRecipe
 from ablate.source import InputError
+from runners import bench as bench_module
 from runners import random_weights
 from runners.bench import bench
 from runners.bench_model import grid_of
+from runners.policy import SD3Policy
 from runners.random_weights import random_policy
+from runners.run import set_up
+from runners.train import train_epoch
 
 GRIDS = Path(__file__).parents[2] / "grids"
 SMALL = {
@@ -39,15 +45,74 @@ def test_the_bench_counts_what_the_plan_says() -> None:
     assert found.forwards_per_image == plan.rollout + plan.forward
     assert found.backwards_per_image == plan.backward
     assert 0 < sum(found.phases.values()) <= found.epoch
-    assert found.flops_per_second == pytest.approx(found.flops_per_call * found.calls_per_second)
+    flops = found.forwards_per_image * found.flops_per_call + found.backwards_per_image * found.flops_per_backward
+    assert found.flops_per_second == pytest.approx(flops * found.images_per_second)
     assert found.efficiency == pytest.approx(found.bare / found.epoch)
     assert found.peak_memory is None
 
 
-def test_flops_are_those_of_the_matrix_products() -> None:
-    """The embedded transformer's parameters, times two, times the tokens they see: the bulk of its operations."""
+def test_flops_are_those_of_matrix_products_and_attention() -> None:
+    """Two for each weight and each position that it sees; four for each channel of each pair of tokens."""
     cell = make_plan(load_grid(GRIDS / "quickstart.yaml", SMALL)).cells[0]
-    assert 1e7 < bench(cell, repeats=1).flops_per_call < 5e7
+    policy, seen = SD3Policy(cell.recipe.model, torch.device("cpu")), []
+
+    def count(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
+        seen.append(2 * module.weight.numel() * output.numel() // module.weight.shape[0])
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in policy.network.modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+    ]
+    policy.velocity(torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), policy.encode(["a bench"]))
+    for hook in hooks:
+        hook.remove()
+    tokens, blocks = 16 + policy.encode(["a bench"]).tokens.shape[1], policy.network.transformer_blocks
+    found = bench(cell, policy, repeats=1)
+    assert found.flops_per_call == sum(seen) + 4 * len(blocks) * tokens**2 * policy.network.inner_dim
+    assert found.flops_per_backward == pytest.approx(3 * found.flops_per_call, rel=0.02)
+
+
+def test_a_backward_through_frozen_weights_counts_once() -> None:
+    """The LoRA's own products are small; those of frozen weights have no gradient."""
+    cell = make_plan(load_grid(GRIDS / "quickstart.yaml", SMALL | {"model.lora_rank": 1})).cells[0]
+    found = bench(cell, repeats=1)
+    assert 1.8 * found.flops_per_call < found.flops_per_backward < 2.2 * found.flops_per_call
+
+
+def test_bare_calls_with_guidance_are_as_large_as_those_of_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    guided = {"rollout.guidance_scale": 4.5, "update.guidance_scale": 4.5, "rollout.batch_size": 6}
+    cell = make_plan(load_grid(GRIDS / "quickstart.yaml", SMALL | guided)).cells[0]
+    with TemporaryDirectory() as folder:
+        run = set_up(Path(folder), cell)
+        calls: list[tuple[int, bool]] = []
+        real = run.policy._call
+
+        def counted(x: torch.Tensor, *given: object) -> torch.Tensor:
+            calls.append((len(x), torch.is_grad_enabled()))
+            return real(x, *given)
+
+        monkeypatch.setattr(run.policy, "_call", counted)
+        train_epoch(run)
+        epoch, calls[:] = set(calls), []
+        seconds = {(12, False): 1.0, (32, False): 10.0, (32, True): 100.0}  # of each size
+
+        def timed(_: object, call: Callable[[], None]) -> float:
+            call()
+            return seconds[calls[-1]]
+
+        monkeypatch.setattr(bench_module, "_seconds", timed)
+        cost, images = run.progress.cost, 12
+        rollouts = images * passes(cell).rollout
+        bare = bench_module._bare(run, rollouts, cost.forwards - rollouts, cost.backwards)
+    assert {size for size, _ in epoch} >= {12}
+    assert bare == pytest.approx(rollouts / 12 * 1 + (cost.forwards - rollouts) / 32 * 10 + cost.backwards / 32 * 100)
+
+
+@pytest.mark.slow
+def test_an_epoch_of_the_embedded_model_is_network_calls_for_the_most_part() -> None:
+    """Decoding, reward and bookkeeping take the rest."""
+    assert bench(make_plan(load_grid(GRIDS / "quickstart.yaml")).cells[0]).efficiency >= 0.85
 
 
 @pytest.mark.parametrize(
@@ -127,7 +192,8 @@ def test_a_size_is_measured_without_a_grid(model: str) -> None:
     assert "Epoch of 12 images" in result.stdout
 
 
-def test_a_local_pipeline_is_measured_without_a_grid(tmp_path: Path) -> None:
+def test_a_local_pipeline_is_measured_without_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLATE_CACHE", str(tmp_path / "cache"))
     folder = write_pipeline(tmp_path / "it's a pipeline")
     result = CliRunner().invoke(app, ["bench", str(folder), *options(model__max_sequence_length=16), "--json"])
     assert result.exit_code == 0, result.exception

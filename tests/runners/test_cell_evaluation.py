@@ -6,17 +6,22 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sd35 import ODE, cell, write_pipeline
 from typer.testing import CliRunner
 
 from ablate.cli import app
 from ablate.plan import Cell
+from ablate.recipe import RewardTerm
 from ablate.record import Status, read_metrics
 from ablate.source import InputError
 from runners import cell_evaluation, train
 from runners.cell_evaluation import evaluate_cells
+from runners.prompts import Prompt
+from runners.rewards.jpeg import JpegReward
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +90,15 @@ def test_the_base_and_finished_cells_are_scored(finished: Path) -> None:
     assert document["evaluation"]["guidance_scale"] == 3
     assert document["base"] != json.loads((target / f"{finished.name}-guidance-1.json").read_text())["base"]
     assert (target / f"{document['base']}-guidance-3.png").exists()
+    assert document["rewards"]["jpeg"]["identities"] == {"jpeg": "jpeg-1"}
+    assert document["rewards"]["jpeg"]["missing"] == rows[0]["missing"] == 0
+    first = document["images"][0]
+    image = np.asarray(Image.open(target / first["file"]))
+    scores = JpegReward()(image[None], [Prompt(text=first["prompt"])])
+    assert first["scores"]["jpeg"] == pytest.approx(float(scores.score[0]))
+    shown = [document["images"][i]["scores"]["jpeg"] for i in range(len(document["images"]))]
+    assert document["rewards"]["jpeg"]["score"] == pytest.approx(np.mean(shown))
+    assert len(list((target / f"{finished.name}-guidance-3").glob("*.png"))) == len(shown) == 6
 
 
 def test_a_stopped_cell_is_scored_as_training_scored_it(stopped: Path, tmp_path: Path) -> None:
@@ -167,9 +181,11 @@ def test_each_protocol_has_its_base_and_each_base_is_scored_once(
 
 
 def test_what_is_missing_is_said(finished: Path, stopped: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no cell with exported weights; --checkpoint scores one"):
+    with pytest.raises(InputError, match="no finished cell with exported weights; --checkpoint scores one"):
         list(evaluate_cells(tmp_path, ["jpeg"], [None]))
-    with pytest.raises(InputError, match=f"--cell epg: no such cell with exported weights.*Allowed: {finished.name}"):
+    with pytest.raises(
+        InputError, match=f"--cell epg: no such finished cell with exported weights.*Allowed: {finished.name}"
+    ):
         list(evaluate_cells(finished.parent, ["jpeg"], [None], ["epg"]))
     with pytest.raises(InputError, match="no intact checkpoint; a cell writes one"):
         list(evaluate_cells(finished.parent, ["jpeg"], [None], checkpoints=[finished]))
@@ -177,6 +193,59 @@ def test_what_is_missing_is_said(finished: Path, stopped: Path, tmp_path: Path) 
         list(evaluate_cells(finished.parent, ["jpeg"], [None], checkpoints=[stopped / "checkpoint" / "other.pt"]))
     with pytest.raises(InputError, match="--reward jepg: unknown reward 'jepg', did you mean 'jpeg'"):
         list(evaluate_cells(finished.parent, ["jepg"], [None]))
+
+
+def test_a_cell_that_is_not_finished_is_scored_by_its_checkpoint_alone(finished: Path, tmp_path: Path) -> None:
+    """As after a start anew: the weights of the attempt before are still there."""
+    home = tmp_path / finished.name
+    shutil.copytree(finished, home)
+    record = json.loads((home / "record.json").read_text())
+    for change in ({"status": "failed"}, None):
+        if change:
+            (home / "record.json").write_text(json.dumps(record | change))
+        else:
+            (home / "record.json").unlink()
+        with pytest.raises(InputError, match="no finished cell"):
+            list(evaluate_cells(tmp_path, [], [None]))
+
+
+def test_missing_scores_are_counted_and_no_number_in_the_file(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / finished.name)
+    base, _ = evaluate_cells(tmp_path, ["own_rewards:of_the_self_check"], [None])
+    assert (base["missing"], str(base["score"])) == (6, "nan")
+    (file,) = (tmp_path / "evaluations").glob(f"{finished.name}*.json")
+    document = json.loads(file.read_text(), parse_constant=pytest.fail)
+    found = document["rewards"]["own_rewards:of_the_self_check"]
+    assert (found["missing"], found["score"]) == (6, None)
+    assert [image["scores"] for image in document["images"]] == [{"own_rewards:of_the_self_check": None}] * 6
+
+
+def test_a_reward_that_cannot_score_here_is_an_error_before_anything_is_loaded(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / finished.name)
+    monkeypatch.setattr(cell_evaluation, "SD3Policy", None)
+    with pytest.raises(InputError, match="reward own_rewards:raises: ConnectionError: no server at port 18085"):
+        list(evaluate_cells(tmp_path, ["own_rewards:raises"], [None]))
+    assert not (tmp_path / "evaluations").exists()
+
+
+def test_rewards_of_one_name_and_other_parameters_are_two(finished: Path, tmp_path: Path) -> None:
+    whole = Cell.model_validate_json((finished / "cell.json").read_text())
+    for name, given in (("a", True), ("b", False)):
+        shutil.copytree(finished, tmp_path / name)
+        recipe = whole.recipe.model_copy(update={"reward": (RewardTerm(name="jpeg", incompressible=given),)})
+        (tmp_path / name / "cell.json").write_text(
+            whole.model_copy(update={"id": name, "recipe": recipe}).model_dump_json()
+        )
+    rows = list(evaluate_cells(tmp_path, [], [None]))
+    assert [(row["model"], row["reward"]) for row in rows] == [
+        ("base", "jpeg(incompressible=true)"),
+        ("base", "jpeg(incompressible=false)"),
+        ("a", "jpeg(incompressible=true)"),
+        ("b", "jpeg(incompressible=false)"),
+    ]
+    assert rows[0]["score"] == pytest.approx(-rows[1]["score"])
 
 
 def test_a_checkpoint_is_scored_from_the_command_line(stopped: Path, tmp_path: Path) -> None:

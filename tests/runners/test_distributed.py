@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import random
 import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -168,6 +170,27 @@ def test_two_processes_leave_out_the_same_groups_as_one(tmp_path: Path) -> None:
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-6, abs=1e-12), key
     for a, b in zip(*(weights(folder).values() for folder in folders), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+def test_torchrun_trains_a_cell_as_one_process_does(tmp_path: Path) -> None:
+    """With the command of docs/several-devices.md, on one node."""
+    cell = CELLS["gspo/elbo-adaptive/ode"]
+    budget = cell.recipe.budget.model_copy(update={"epochs": 1})
+    alone, together = (folder_of(cell, tmp_path / name, budget=budget) for name in ("alone", "together"))
+    assert finish(start(alone, 1)) == [0]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = [*command, "--shutdown-timeout", "60", "-m", "ablate.cli", "cell", str(together)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(GRIDS.parent)}
+    done = subprocess.run(given, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{cell.id} done") == 1
+    record = read_record(together)
+    assert record is not None
+    assert record.provenance is not None
+    assert (record.status, record.provenance.num_devices) == (Status.DONE, 2)
+    for a, b in zip(read_metrics(alone), read_metrics(together), strict=True):
+        assert a["eval/score"] == pytest.approx(b["eval/score"], abs=1e-3)
+        assert a["cost/forwards"] == b["cost/forwards"]
 
 
 def lines(folder: Path) -> list[str]:

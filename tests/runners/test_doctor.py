@@ -190,6 +190,108 @@ def test_where_no_batch_is_small_enough_the_model_must_change(monkeypatch: pytes
     assert (found.level, found.remedy.split(",")[0]) == ("problem", "model.gradient_checkpointing")
 
 
+class Process:
+    """Asked for the memory of each device, answers or fails."""
+
+    def __init__(self, answer: str | Exception) -> None:
+        self.answer, self.asked = answer, ""
+
+    def __call__(self, command: list[str], **_: object) -> SimpleNamespace:
+        self.asked = command[-1]
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return SimpleNamespace(stdout=self.answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "free"), [("7000\n", 7000), ("", 9000), (subprocess.TimeoutExpired("python", 60), 9000)]
+)
+def test_only_the_memory_of_a_gpu_that_is_free_counts(
+    answer: str | Exception, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the fullest device, asked in another process; all of it where nothing can be asked."""
+    process = Process(answer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=9000))
+    monkeypatch.setattr(preflight.subprocess, "run", process)
+    assert preflight.device_memory() == (free, 3)
+    said: list[int] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (10 - i, 100))
+    exec(process.asked, {"print": said.append})
+    assert said == [8]
+
+
+def test_without_a_gpu_the_memory_of_the_machine_that_can_be_had_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything, _ = preflight.device_memory()
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:    7 kB\n")
+    monkeypatch.setattr(preflight, "MEMINFO", file)
+    assert preflight.device_memory() == (7 * 1024, 1)
+    file.write_text("nothing")
+    assert preflight.device_memory()[0] >= everything
+
+
+def test_the_memory_of_a_machine_with_gpus_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = needed(cells()[0])
+    monkeypatch.setattr(preflight, "host_memory", lambda: 3 * few.host)
+    assert list(preflight.host(few, 4)) == []  # one memory, which `memory` has looked at
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert list(preflight.host(few, 2)) == []
+    (found,) = preflight.host(few, 4)
+    assert found.level == "warning"
+    assert "for each of 4 processes" in found.what
+
+
+def test_cells_that_differ_in_rewards_or_in_guidance_of_evaluations_are_not_alike_in_memory() -> None:
+    cell = cells()[0]
+    others = [
+        with_fields(cell, fields)
+        for fields in ({"reward": "jpeg"}, {"evaluation.guidance_scale": 4.5}, {"scoring.offload": True})
+    ]
+    assert len(preflight.alike_in_memory([cell, cell, *others])) == 4
+
+
+def test_memory_is_looked_at_before_rewards_take_some_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(doctor, "memory", lambda _: order.append("memory") or Finding("ok", "enough"))
+    monkeypatch.setattr(doctor, "host", lambda _: order.append("host") or [Finding("warning", "little left")])
+    monkeypatch.setattr(doctor, "_rewards", lambda _: order.append("rewards") or [])
+    found = [finding.what for finding in examine(cells(), tmp_path, dry_run=False)]
+    assert order[-1] == "rewards"
+    assert set(order) == {"memory", "host", "rewards"}
+    assert {"enough", "little left"} < set(found)
+
+
+# downloads
+
+
+def test_models_are_downloaded_to_a_disk_that_has_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that differ in more than their weights are downloaded once."""
+    model = cells("full")[0].recipe.model
+    models = [model, model.model_copy(update={"lora_rank": 4}), model.model_copy(update={"path": "other/model"})]
+    monkeypatch.setattr("runners.hub.download_bytes", lambda _: 2**30)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 2**30))
+    found = preflight.downloads(models)
+    assert found is not None
+    assert (found.level, found.what.split(" at ")[0]) == ("ok", "2 GiB of models to download, 3 GiB free")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    found = preflight.downloads(models)
+    assert found is not None
+    assert (found.level, found.remedy) == ("problem", "set HF_HOME to a folder on another disk")
+    assert preflight.downloads(cells()[:0]) is None
+
+
+def test_a_download_that_has_no_room_is_a_problem_of_the_doctor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runners.hub.download_bytes", lambda _: 2**60)
+    found = levels(list(examine(cells(), tmp_path, dry_run=False)))
+    assert [level for text, level in found.items() if "of models to download" in text] == ["problem"]
+
+
 # before a run
 
 

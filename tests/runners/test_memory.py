@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from ablate.recipe import ModelRecipe
 from ablate.rollout import concatenate
 from runners import collect, memory_estimate
 from runners.embeddings import MOST
+from runners.memory import in_memory
 from runners.memory_estimate import Architecture, MemoryEstimate, estimate, read_architecture
 from runners.policy import SD3Policy
+from runners.preflight import with_fields
 from runners.random_weights import autoencoder, medium_transformer, random_policy
 from runners.run import set_up
 from runners.train import train_epoch
@@ -83,13 +86,64 @@ def test_what_saves_memory_is_seen_to() -> None:
     assert of(CELL, num_devices=4).samples == plain.samples // 4
 
 
+TOGETHER = MemoryEstimate(
+    weights=1, trained=2, prompts=1, samples=3, joining=2, probe=1, rollout=4, evaluation=4, update=6, step=1, decode=5,
+    encoders=100, rewards=0, host=0, offloaded=False, rewards_offloaded=False,
+)  # fmt: skip
+
+
 def test_offloaded_encoders_take_the_place_of_the_work() -> None:
-    sizes = {"weights": 1, "trained": 2, "prompts": 1, "samples": 3, "joining": 2, "probe": 1}
-    together = MemoryEstimate(**sizes, rollout=4, update=6, decode=5, encoders=100, offloaded=False)
-    assert together.peak == 1 + 2 + 1 + 100 + 3 + 7
-    assert replace(together, offloaded=True).peak == 1 + 2 + 1 + 100
-    assert replace(together, offloaded=True, encoders=5).peak == 1 + 2 + 1 + 3 + 7
-    assert replace(together, joining=50).peak == 1 + 2 + 1 + 100 + 3 + 50
+    assert TOGETHER.peak == 1 + 2 + 1 + 100 + 3 + 7
+    assert replace(TOGETHER, offloaded=True).peak == 1 + 2 + 1 + 100
+    assert replace(TOGETHER, offloaded=True, encoders=5).peak == 1 + 2 + 1 + 3 + 7
+    assert replace(TOGETHER, joining=50).peak == 1 + 2 + 1 + 100 + 3 + 50
+
+
+def test_rewards_are_there_while_images_are_made_and_else_where_they_are_not_offloaded() -> None:
+    scored = replace(TOGETHER, rewards=10)
+    assert scored.peak == TOGETHER.peak + 10
+    assert replace(scored, rewards_offloaded=True).peak == 1 + 2 + 1 + 100 + 3 + 5 + 10
+    assert replace(scored, rewards_offloaded=True, update=20).peak == 1 + 2 + 1 + 100 + 3 + 1 + 20
+    assert replace(scored, offloaded=True).peak == 1 + 2 + 1 + 100 + 10
+
+
+def test_an_evaluation_comes_when_the_samples_are_gone() -> None:
+    assert replace(TOGETHER, evaluation=10).peak == TOGETHER.peak
+    assert replace(TOGETHER, evaluation=12).peak == 1 + 2 + 1 + 100 + 12
+
+
+def test_the_optimizer_takes_a_copy_of_what_is_trained_for_a_moment() -> None:
+    """As torch steps on a GPU, all tensors at once; counted on the CPU."""
+    weights = [torch.nn.Parameter(torch.randn(100, n)) for n in (10, 20, 30)]
+    optimizer = torch.optim.AdamW(weights, foreach=True)
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert memory_estimate._peak(optimizer.step) == pytest.approx(4 * 6000, rel=0.01)
+    assert replace(TOGETHER, step=30).peak == 1 + 2 + 1 + 100 + 3 + 1 + 30
+    assert of(CELL).step == of(CELL).trained // 7
+
+
+def test_guidance_of_an_evaluation_doubles_its_calls() -> None:
+    plain, doubled = of(CELL), of(with_fields(CELL, {"evaluation.guidance_scale": 4.5}))
+    embeddings = plain.evaluation - plain.rollout
+    assert embeddings > 0
+    assert doubled.rollout == plain.rollout
+    assert doubled.evaluation - embeddings == pytest.approx(2 * plain.rollout, rel=0.05)
+
+
+def test_rewards_count_once_with_the_memory_that_they_state() -> None:
+    rewards = {"reward": {"clipscore": 1, "geneval-hf": 0.5}, "evaluation.panel": ["clipscore", "jpeg"]}
+    kept, away = (of(with_fields(CELL, rewards | {"scoring.offload": offload})) for offload in (False, True))
+    assert kept.rewards == away.rewards == pytest.approx((1.6 + 1.9) * 2**30)
+    assert away.host - kept.host >= 3 * 2**30
+    assert (kept.rewards_offloaded, away.rewards_offloaded) == (False, True)
+
+
+def test_the_machine_holds_what_is_loaded_what_is_offloaded_and_images() -> None:
+    plain, many = of(with_model(CELL, lora_rank=4)), of(with_fields(CELL, {"rollout.group_size": 4096}))
+    assert plain.host >= plain.weights + plain.encoders
+    assert many.host == CELL.recipe.rollout.num_groups * 4096 * 3 * 32 * 32
 
 
 SMALL = {
@@ -194,6 +248,46 @@ def test_sd35_medium_takes_what_was_estimated() -> None:
     assert most == pytest.approx(backward.weights + backward.trained * 5 // 7 + backward.update, rel=0.15)
 
 
-@pytest.mark.parametrize("kernel", ["efficient", "cudnn", "flash"])
-def test_kernels_that_a_cpu_does_not_have_can_be_estimated(kernel: str) -> None:
-    assert of(with_model(CELL, attention=kernel)).update == of(CELL).update
+@pytest.mark.parametrize("kernel", ["efficient", "cudnn"])
+def test_kernels_of_a_gpu_are_seen_to_keep_less_than_the_plain_one(kernel: str) -> None:
+    plain, less = (
+        estimate(with_model(CELL, attention=name), replace(read_architecture(CELL.recipe.model), num_clip_tokens=77))
+        for name in ("math", kernel)
+    )
+    assert plain.update > 1.1 * less.update
+
+
+def test_a_kernel_with_checkpointing_is_estimated() -> None:
+    for kernel in ("auto", "math"):
+        plain, less = (of(with_model(CELL, attention=kernel, gradient_checkpointing=c)).update for c in (False, True))
+        assert less < 0.6 * plain
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ],
+    ids=str,
+)
+def test_every_way_of_running_out_of_memory_halves_the_batch(error: RuntimeError) -> None:
+    asked: list[int] = []
+
+    def attempt(size: int) -> int:
+        asked.append(size)
+        if size > 3:
+            raise error
+        return size
+
+    assert in_memory(12, attempt, note=lambda _: None) == (3, 3)
+    assert asked == [12, 6, 3]
+    with pytest.raises(type(error)):
+        in_memory(1, lambda _: attempt(4))
+
+
+def test_another_error_is_no_matter_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        in_memory(4, Mock(side_effect=RuntimeError("mat1 and mat2 shapes cannot be multiplied")))

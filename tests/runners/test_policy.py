@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from sd35 import ODE, SDE, SENTENCES, cell, recipe, write_pipeline
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ablate.plan import Cell
+from ablate.recipe import ModelRecipe
 from ablate.record import Status, read_metrics
 from ablate.source import InputError
+from runners import export as export_module
+from runners import policy as policy_module
 from runners import train
-from runners.export import load
+from runners.attention import KERNELS, use_kernel
+from runners.export import LORA, load
 from runners.policy import SD3Policy
 from runners.run import set_up
 
@@ -53,19 +62,112 @@ def test_the_lora_is_on_the_projections_of_the_recipe(folder: Path) -> None:
     assert both - plain == {f"transformer_blocks.0.attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")}
 
 
-def test_gradient_checkpointing_gives_the_same_gradient(folder: Path) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        policy = SD3Policy(recipe(folder, gradient_checkpointing=checkpointing), CPU)
-        for p in policy.trainable:
-            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
-        x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
-        velocity = policy.velocity(x, torch.tensor([0.3, 0.8]), policy.encode(SENTENCES[:2]))
+def velocity_and_gradient(folder: Path, **fields: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+    """Of one policy of fixed weights at two fixed points; and how often that took the flash kernel."""
+    policy = SD3Policy(recipe(folder, **fields), CPU)
+    for p in policy.trainable:
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+    conditioning = policy.encode(SENTENCES[:2])
+    with Operations() as done:
+        velocity = policy.velocity(x, torch.tensor([0.3, 0.8]), conditioning)
         velocity.square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable]))
-    assert gradients[0].abs().max() > 0
-    torch.testing.assert_close(gradients[0], gradients[1])
+    gradient = torch.cat([p.grad.flatten() for p in policy.trainable])
+    return (velocity.detach(), gradient), done.count[FLASH]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of a block of code by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kernel", ["auto", "flash", "math"])
+def test_kernels_and_checkpointing_give_the_same_velocity_and_gradient(
+    folder: Path, kernel: str, checkpointing: bool
+) -> None:
+    expected, _ = velocity_and_gradient(folder)
+    found, times = velocity_and_gradient(folder, attention=kernel, gradient_checkpointing=checkpointing)
+    assert expected[1].abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert times == (0 if kernel == "math" else 3 * (1 + checkpointing))  # two blocks, one of them dual
+
+
+def test_a_kernel_is_the_networks_own_and_no_other_threads(folder: Path) -> None:
+    """A reward on another thread may need what the policy was told not to take."""
+    policy, seen = SD3Policy(recipe(folder, attention="math"), CPU), []
+
+    def score() -> None:
+        x = torch.randn(1, 1, 4, 8)
+        with Operations() as done:
+            torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        seen.append((done.count[FLASH], torch.backends.cuda.flash_sdp_enabled()))
+
+    def meanwhile(*_: object) -> None:
+        thread = threading.Thread(target=score)
+        thread.start()
+        thread.join()
+
+    policy.network.transformer_blocks[0].attn.to_q.register_forward_hook(meanwhile)
+    policy.velocity(torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), policy.encode(SENTENCES[:1]))
+    assert seen == [(1, True)]
+
+
+@pytest.mark.parametrize("kernel", ["efficient", "cudnn"])
+def test_a_kernel_that_the_device_does_not_have_is_refused(folder: Path, kernel: str) -> None:
+    with pytest.raises(InputError, match=f"got '{kernel}', which no CPU has.*Allowed: auto, flash, math"):
+        SD3Policy(recipe(folder, attention=kernel), CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_takes_the_dtype_of_autocast(kernel: str, dtype: torch.dtype) -> None:
+    """Every kernel, those of a GPU on tensors without content; forward and backward."""
+    network = SD3Transformer2DModel(
+        sample_size=8, num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8, qk_norm="rms_norm",
+    )  # fmt: skip
+    use_kernel(network, kernel)
+    with FakeTensorMode(allow_non_fake_inputs=True), Operations() as done, torch.autocast("cpu", dtype):
+        output = network(torch.empty(1, 16, 8, 8), torch.empty(1, 5, 16), torch.empty(1, 8), torch.empty(1))[0]
+        output.float().sum().backward()
+    assert output.shape == (1, 16, 8, 8)
+    if kernel != "math":
+        named = {name for name in done.count if kernel in name and "backward" not in name}
+        assert len(named) == 1
+        assert any(kernel in name and "backward" in name for name in done.count)
+
+
+def test_encoders_leave_the_device_where_encoding_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, moved = SD3Policy(recipe(folder, offload_encoders=True), CPU), []
+    for encoder in policy._encoders:
+        monkeypatch.setattr(encoder, "to", moved.append)
+    monkeypatch.setattr(policy.pipe, "encode_prompt", Mock(side_effect=torch.OutOfMemoryError("too long")))
+    with pytest.raises(torch.OutOfMemoryError):
+        policy.encode(SENTENCES[:1])
+    assert moved == [CPU] * 3 + ["cpu"] * 3 + [CPU] * 3 + ["cpu"] * 3  # once more with more room
+
+
+def test_the_cache_of_a_branch_is_that_of_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLATE_CACHE", str(tmp_path))
+    folders = []
+    for commit in ("a" * 40, "b" * 40):
+        found = lambda path, *_, commit=commit, **__: f"{tmp_path}/{path}/snapshots/{commit}/model_index.json"  # noqa: E731
+        monkeypatch.setattr("runners.hub.try_to_load_from_cache", found)
+        folders.append(policy_module._cache(ModelRecipe(path="owner/model")))
+    assert folders[0] != folders[1]
+    pinned = policy_module._cache(ModelRecipe(path="owner/model", revision="main"))
+    assert pinned == folders[1]
 
 
 def test_embeddings_do_not_depend_on_how_they_come(folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -160,6 +262,31 @@ def test_all_weights_are_exported_where_all_are_trained(folder: Path, tmp_path: 
     load(home, own)
     for a, b in zip(whole.parameters(), own.network.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("stage", ["_save", "_card", "_sync"])
+def test_an_export_that_is_killed_leaves_no_half_of_it(
+    stage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, whole = SD3Policy(recipe(folder), CPU), cell(folder, ODE, tmp_path)
+    real = getattr(export_module, stage)
+
+    def killed(*given: Any) -> None:
+        real(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module, stage, killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_module.export(tmp_path, whole, policy)
+    assert not (tmp_path / "weights").exists()
+    (tmp_path / "weights.partial" / "left.bin").write_text("of the attempt before")
+    export_module.export(tmp_path, whole, policy)
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == {"README.md", LORA}
+    assert not (tmp_path / "weights.partial").exists()
+    load(tmp_path, policy)
+    export_module.export(tmp_path, whole, policy)  # in the place of one that is there
+    load(tmp_path, policy)
 
 
 def test_weights_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:

@@ -30,7 +30,10 @@ PRESETS = [
     "paper-epg", "paper-pepg", "paper-par", "flow-grpo", "flow-grpo-fast", "diffusion-nft", "awm", "ram",
     "dance-grpo", "mix-grpo", "tempflow-grpo", "grpo-guard", "ddpo", "online-dpo",
 ]  # fmt: skip
-MODEL = "{path: tiny, dtype: float32, lora_rank: null, max_sequence_length: 0, resolution: 32}"
+MODEL = (
+    "{path: tiny, dtype: float32, lora_rank: null, max_sequence_length: 0, resolution: 32, offload_encoders: false, "
+    "cache_embeddings: false}"
+)
 
 
 def small(cell: Cell) -> Cell:
@@ -218,6 +221,8 @@ def test_a_preset_is_for_sd35_and_plans_on_the_embedded_model_by_its_model_block
     full = make_plan(load_grid(tmp_path / "g.yaml")).cells[0]
     assert full.recipe.model.path == "stabilityai/stable-diffusion-3.5-medium"
     assert (full.recipe.model.lora_rank, full.recipe.model.lora_alpha) == (32, 64)
+    assert full.recipe.model.offload_encoders
+    assert full.recipe.model.cache_embeddings
     with (tmp_path / "g.yaml").open("a") as file:
         file.write(f"override: {{model: {MODEL}}}\n")
     tiny = make_plan(load_grid(tmp_path / "g.yaml")).cells[0]
