@@ -21,6 +21,7 @@ from ablate.source import InputError
 from runners import cell_evaluation, train
 from runners.cell_evaluation import evaluate_cells
 from runners.prompts import Prompt
+from runners.rewards import WeightedSum
 from runners.rewards.jpeg import JpegReward
 
 
@@ -154,15 +155,15 @@ def test_each_protocol_has_its_base_and_each_base_is_scored_once(
     variant("b", num_steps=3, guidance_scale=2.0)
     variant("c", every=7)  # no part of what images depend on
     variant("d", reward="scenes")
-    counts = {"generate": 0, "load_reward": 0, "SD3Policy": 0}
-    for name in counts:
-        real = getattr(cell_evaluation, name)
+    counts = {"generate": 0, "SD3Policy": 0, "load": 0}
+    for owner, name in ((cell_evaluation, "generate"), (cell_evaluation, "SD3Policy"), (WeightedSum, "load")):
+        real = getattr(owner, name)
 
         def counted(*given, name=name, real=real, **more):
             counts[name] += 1
             return real(*given, **more)
 
-        monkeypatch.setattr(cell_evaluation, name, counted)
+        monkeypatch.setattr(owner, name, counted)
     rows = list(evaluate_cells(tmp_path, [], [None]))
     assert [(row["model"], row["guidance"], row["reward"]) for row in rows] == [
         ("base", 1.0, "jpeg"),
@@ -173,7 +174,7 @@ def test_each_protocol_has_its_base_and_each_base_is_scored_once(
         ("base", 2.0, "jpeg"),
         ("b", 2.0, "jpeg"),
     ]
-    assert counts == {"generate": 2 + 4, "load_reward": 2, "SD3Policy": 1}
+    assert counts == {"generate": 2 + 4, "SD3Policy": 1, "load": 2}
     assert rows[0]["score"] != rows[5]["score"]
     bases = {name: json.loads((tmp_path / "evaluations" / f"{name}.json").read_text())["base"] for name in
              ("a-guidance-1", "b-guidance-2", "c-guidance-1", "d-guidance-1")}  # fmt: skip
