@@ -1,8 +1,9 @@
-"""What a cell is worth in one number: its final value, and the area under its curve. Frames -> frame, a row per cell.
+"""What a cell is worth in one number: its final and its best value, and the area under its curve. Frames -> frame.
 
 area = 1/B integral_0^B value dx: the mean height of the piecewise linear curve up to the common budget B, the
 shortest that a finished cell has used. It rewards what is learned early, and is less noisy than the end. A diverged
-cell keeps its last finite evaluation, as in finals.
+cell keeps its last finite evaluation, as in finals. The best value is the highest of all evaluations, as of a paper
+that reports its best checkpoint: it forgives what is lost afterwards, and grows with their noise and number.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ def budget(rows: pd.DataFrame, x: str) -> float:
 
 
 def areas(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str, x: str = "device_hours") -> pd.DataFrame:
-    """`finals` with one more column, area; NaN where no cell is done."""
+    """`finals`, a row per cell, with two more columns: best, and area, NaN where no cell is done."""
     results = effects.finals(cells, metrics, metric)
     rows = effects.evaluations(cells, metrics, metric)
     end = budget(rows, x)
     curves = {id: (curve[x].to_numpy(float), curve["value"].to_numpy(float)) for id, curve in rows.groupby("id")}
-    return results.assign(area=[area(*curves[id], end) for id in results["id"]])
+    best = [curves[id][1].max() for id in results["id"]]
+    return results.assign(best=best, area=[area(*curves[id], end) for id in results["id"]])
 
 
 def area(x: Array, value: Array, end: float) -> float:

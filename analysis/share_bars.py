@@ -34,7 +34,7 @@ def share_bars(study: Study) -> Figure:
                 f"{value:.0f} [{low:.0f}, {high:.0f}]", (x, y), shift, textcoords="offset points", ha=side, va="center",
                 fontsize=7.5, color=INK,
             )  # fmt: skip
-        ax.set_title(words, loc="left")
+        ax.set_title(words, loc="left", fontsize=8)
         ax.set(xlim=(-2, 108), ylim=(len(names) - 0.5, -0.5))
         ax.set_xticks([0, 25, 50, 75, 100])
         ax.grid(axis="y", visible=False)

@@ -23,7 +23,7 @@ class Study:
     unit: Unit
     axes: tuple[str, ...]  # with at least two values; none where a grid lists single combinations
     table: pd.DataFrame  # effects.summary
-    runs: pd.DataFrame  # final, area, restricted
+    runs: pd.DataFrame  # final, best, area, restricted
     times: pd.DataFrame  # arrival.arrivals, unfinished cells too
     target: float
     chosen: bool  # the target was not given, but taken from the results
@@ -56,7 +56,7 @@ class Study:
 
     def responses(self) -> dict[str, str]:
         """Columns of `runs` that can be compared, with their names in words."""
-        names = {"final": "final value", "area": "area under the curve"}
+        names = {"final": "final value", "best": "best value", "area": "area under the curve"}
         names |= {"restricted": f"time to {self.target:.3g}"}
         return {column: words for column, words in names.items() if self.runs[column].notna().any()}
 

@@ -288,7 +288,9 @@ def test_area_is_the_mean_height_up_to_the_common_budget() -> None:
     assert measures.area(x, value, 2.0) == pytest.approx(0.75)
     assert measures.area(x, value, 4.0) == pytest.approx(3.5 / 4)
     cells, metrics = curves(runs(("a", "e", "s", 0, 0)).assign(status="done"), value[None], x)
-    assert measures.areas(cells, metrics, "eval/accuracy")["area"].iloc[0] == pytest.approx(2.5 / 3)
+    found = measures.areas(cells, metrics, "eval/accuracy").iloc[0]
+    assert found["area"] == pytest.approx(2.5 / 3)
+    assert found["best"] == metrics.loc[metrics["metric"] == "eval/accuracy", "value"].max()
 
 
 # ranks
