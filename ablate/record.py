@@ -43,6 +43,16 @@ class Status(StrEnum):
         return self in (Status.DONE, Status.DIVERGED)
 
 
+class Failure(StrEnum):
+    """Of which kind a failure is, as each has another answer."""
+
+    OUT_OF_MEMORY = "out_of_memory"  # of a device: again with smaller batches
+    BAD_CONFIG = "bad_config"  # the message says what to change
+    KILLED = "killed"  # by a signal: again from the checkpoint
+    NODE_LOST = "node_lost"  # with its machine: again, elsewhere
+    ERROR = "error"
+
+
 class Ledger(Strict):
     """Seconds x devices by phase, network calls, and what killed attempts had to do again."""
 
@@ -112,6 +122,7 @@ class Record(Strict):
     format: int = FORMAT
     id: str
     status: Status
+    failure: Failure | None = None  # where the status is `failed`
     message: str = ""
     seed: int
     attempts: int = 1
@@ -137,6 +148,17 @@ def read_record(folder: Path) -> Record | None:
     return _validated(Record, path)
 
 
+def set_aside_if_damaged(path: Path) -> Path | None:
+    """Rename a JSON file that was cut short or overwritten; its new path, None where it is whole or not there."""
+    try:
+        json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return path.replace(path.with_name(f"damaged-{path.name}"))
+    return None
+
+
 def read_cell(folder: Path) -> Cell:
     """The cell of a folder. Raises InputError if it has none, or one of another version."""
     path = folder / "cell.json"
@@ -157,11 +179,18 @@ def read_spent(folder: Path) -> Ledger:
     try:
         return Ledger.model_validate_json((folder / LEDGER).read_text(encoding="utf-8"))
     except (OSError, ValidationError):  # there is none, or the machine went down as it was written
-        record = read_record(folder)
+        record = _readable_record(folder)
     if record and record.status.final:
         return record.cost
     last = (read_metrics(folder) or [{}])[-1]
     return Ledger.of_line(last)
+
+
+def _readable_record(folder: Path) -> Record | None:
+    try:
+        return read_record(folder)
+    except InputError:
+        return None
 
 
 def _validated(model: type[M], path: Path) -> M:

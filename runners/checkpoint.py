@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,8 +64,13 @@ def save(
 def restore(
     folder: Path, policy: SD3Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> Progress | None:
-    """Continue from the newest intact checkpoint of a cell; None where there is none. Damaged ones are named."""
-    state = _intact([folder / "checkpoint" / name for name in NEWEST_FIRST], policy.device)
+    """Continue from the newest intact checkpoint of a cell; None where there is none. Damaged ones are named.
+
+    One whose epochs metrics.jsonl does not have, as its end was lost, does not count: they are trained again.
+    """
+    metrics = folder / "metrics.jsonl"
+    length = metrics.stat().st_size if metrics.exists() else 0
+    state = _intact([folder / "checkpoint" / name for name in NEWEST_FIRST], policy.device, length)
     if state is None:
         return None
     policy.load_state(state["policy"])
@@ -91,18 +98,29 @@ def read_newest(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _intact(files: Sequence[Path], device: torch.device) -> dict[str, Any] | None:
-    """The first of the files that can be read."""
+def _intact(files: Sequence[Path], device: torch.device, length: float = math.inf) -> dict[str, Any] | None:
+    """The first of the files that can be read, and knows of at most so many bytes of metrics.jsonl."""
     for file in files:
         if not file.exists():
             continue
         try:
+            _check_sums(file)
             state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             print(f"{file} is damaged and left out ({type(error).__name__})", file=sys.stderr)
+            continue
+        if state["metrics_bytes"] > length:
+            print(f"{file} is left out: metrics.jsonl ends before it", file=sys.stderr)
             continue
         return state
     return None
+
+
+def _check_sums(file: Path) -> None:
+    """Raises BadZipFile if a byte has changed, which torch.load would take for a weight."""
+    with zipfile.ZipFile(file) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(damaged)
 
 
 def discard(folder: Path) -> None:
