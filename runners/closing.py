@@ -45,7 +45,7 @@ def close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: bo
 def _close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: bool) -> Record:
     written = read_record(folder) if _stamp(folder) != before.stamp else None
     attempts = read_attempts(folder)
-    if len(attempts) == before.attempts and written is None:  # it could not even note that it started
+    if len(attempts) == before.attempts:  # it could not even note that it started
         attempts.append(Attempt(started=before.time, host=platform.node()))
     if written is None:
         status = Status.INTERRUPTED if stopped else Status.FAILED

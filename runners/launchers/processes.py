@@ -25,6 +25,7 @@ class CellProcesses:
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         self.processes = tuple(processes)
         self.failures: dict[int, int] = {}  # exit codes by rank, in the order in which they were seen
+        self.ended_here: set[int] = set()  # ranks that were killed for want of another
 
     def poll(self) -> Ended | None:
         """How they ended. Where one fails, the others wait for it in vain: they are killed, PATIENCE seconds later."""
@@ -32,8 +33,10 @@ class CellProcesses:
             time.sleep(PATIENCE)
             self._note_failures()
             self._kill()
-        if self._any_runs():
+        elif self._any_runs():
             return None
+        else:
+            self._note_failures()  # what has ended since
         rank, code = self._cause()
         return Ended(code=code, rank=rank, size=len(self.processes))
 
@@ -57,7 +60,7 @@ class CellProcesses:
     def _note_failures(self) -> bool:
         """Whether a process has failed of itself, not by being killed here."""
         for rank, process in enumerate(self.processes):
-            if code := process.poll():
+            if (code := process.poll()) and rank not in self.ended_here:
                 self.failures.setdefault(rank, code)
         return bool(self.failures)
 
@@ -66,13 +69,14 @@ class CellProcesses:
 
         Where one is killed, the others fail for want of it, and often end before the death is seen.
         """
-        self._note_failures()
         killed = ((rank, code) for rank, code in self.failures.items() if code < 0)
         return next(killed, next(iter(self.failures.items()), (0, 0)))
 
     def _kill(self) -> None:
-        for process in self.processes:
-            process.kill()
+        for rank, process in enumerate(self.processes):
+            if process.poll() is None:
+                self.ended_here.add(rank)
+                process.kill()
         for process in self.processes:
             process.wait()
 
