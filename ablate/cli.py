@@ -208,9 +208,15 @@ def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under resu
     from runners.distributed import is_main
 
     done = run_cell(folder)
+    from runners.scoring import hung
+
     if is_main():
         typer.echo(f"{done.id} {done.status} {done.message}".strip())
-    raise SystemExit(0 if done.status.final else 1)
+    code = 0 if done.status.final else 1
+    if hung:  # its threads would keep the process from ending
+        sys.stdout.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 @app.command()

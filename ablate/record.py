@@ -141,22 +141,37 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of a cell's folder; None while it has none. Raises InputError for one of another version."""
+    """The record of a cell's folder; None while it has none, and once an unfinished one has been followed by a start.
+
+    Raises InputError for one that is damaged or of another version.
+    """
     path = folder / "record.json"
     if not path.exists():
         return None
-    return _validated(Record, path)
+    record = _validated(Record, path)
+    return record if record.status.final or _starts(folder) <= record.attempts else None
 
 
-def set_aside_if_damaged(path: Path) -> Path | None:
-    """Rename a JSON file that was cut short or overwritten; its new path, None where it is whole or not there."""
+def _starts(folder: Path) -> int:
+    """Lines of attempts.jsonl."""
+    path = folder / "attempts.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a JSON file was cut short or overwritten; one that is not there is not."""
     try:
         json.loads(path.read_bytes())
     except FileNotFoundError:
-        return None
+        return False
     except ValueError:
-        return path.replace(path.with_name(f"damaged-{path.name}"))
-    return None
+        return True
+    return False
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file; its new path."""
+    return path.replace(path.with_name(f"damaged-{path.name}"))
 
 
 def read_cell(folder: Path) -> Cell:

@@ -6,8 +6,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from ablate.lock import lock
-from ablate.record import Record, read_cell, read_metrics, read_record, set_aside_if_damaged, write_ledger
+from ablate.lock import Taken, lock
+from ablate.record import Record, is_damaged, read_cell, read_metrics, read_record, set_aside, write_ledger
 
 
 def run_cell(folder: Path) -> Record:
@@ -19,11 +19,10 @@ def run_cell(folder: Path) -> Record:
 
     read_cell(folder)
     with lock(folder) if is_main() else nullcontext():
-        if done := finished(folder):
+        if is_main():
+            _mend(folder)
+        if done := finished(folder):  # asked now that nobody else can finish it
             return done
-        before = read_record(folder)
-        if before and before.status.final and is_main():  # damaged: what it has spent, it has to spend again
-            write_ledger(folder, before.cost)
         from runners.train import train_cell  # noqa: PLC0415
 
         return train_cell(folder)
@@ -31,13 +30,37 @@ def run_cell(folder: Path) -> Record:
 
 def finished(folder: Path) -> Record | None:
     """The record of a cell that has come to its end; None for another, and for one whose files are damaged."""
-    if kept := set_aside_if_damaged(folder / "record.json"):
-        print(f"{folder}: record.json is damaged, kept as {kept.name}; the cell runs again", file=sys.stderr)
+    if is_damaged(folder / "record.json"):
+        return None
     record = read_record(folder)
-    if record is None or not record.status.final:
-        return None
+    return record if record and record.status.final and not _is_cut_short(folder, record) else None
+
+
+def mend(folder: Path) -> None:
+    """Set a damaged record aside, which nobody could read, unless its cell runs."""
+    if is_damaged(folder / "record.json"):
+        try:
+            with lock(folder):
+                _mend(folder)
+        except Taken:  # who has it writes a new one
+            return
+
+
+def _mend(folder: Path) -> None:
+    path = folder / "record.json"
+    if is_damaged(path):
+        print(f"{folder}: record.json is damaged, kept as {set_aside(path).name}; the cell runs again", file=sys.stderr)
+    record = read_record(folder)
+    if record and record.status.final and _is_cut_short(folder, record):
+        write_ledger(folder, record.cost)  # what it has spent, it has to spend again
+        kept = set_aside(path).name
+        print(
+            f"{folder}: metrics.jsonl ends before epoch {record.epochs}, record.json is kept as {kept}; the cell runs "
+            "again",
+            file=sys.stderr,
+        )
+
+
+def _is_cut_short(folder: Path, record: Record) -> bool:
     lines = read_metrics(folder)
-    if (lines[-1]["epoch"] if lines else 0) < record.epochs:
-        print(f"{folder}: metrics.jsonl ends before epoch {record.epochs}; the cell runs again", file=sys.stderr)
-        return None
-    return record
+    return (lines[-1]["epoch"] if lines else 0) < record.epochs

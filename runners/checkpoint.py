@@ -1,13 +1,15 @@
-"""Checkpoints of a cell: written whole or not at all; the newest intact one counts, and the one before is kept."""
+"""Checkpoints of a cell: written whole or not at all; the newest intact one counts, and the one before is kept.
+
+Each ends with the SHA-256 of all that comes before it, which PyTorch does not look at, and goes where the file goes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-import pickle
 import shutil
 import sys
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from ablate.source import InputError
 from runners.policy import SD3Policy
 
 NEWEST_FIRST = ("state.pt", "before.pt")
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(kw_only=True)
@@ -52,8 +55,10 @@ def save(
         "scaler": scaler.state_dict(),
     }
     partial, newest = target / "state.partial", target / "state.pt"
-    with partial.open("wb") as file:
+    with partial.open("w+b") as file:
         torch.save(state, file)
+        file.seek(0)
+        file.write(hashlib.file_digest(file, "sha256").digest())  # which has read to the end
         file.flush()
         os.fsync(file.fileno())
     if newest.exists():
@@ -104,23 +109,30 @@ def _intact(files: Sequence[Path], device: torch.device, length: float = math.in
         if not file.exists():
             continue
         try:
-            _check_sums(file)
+            _check_digest(file)
             state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            print(f"{file} is damaged and left out ({type(error).__name__})", file=sys.stderr)
+            beyond = state["metrics_bytes"] > length
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # whatever has become of it, the one before may do
+            print(f"{file} is damaged and left out ({type(error).__name__}: {error})", file=sys.stderr)
             continue
-        if state["metrics_bytes"] > length:
+        if beyond:
             print(f"{file} is left out: metrics.jsonl ends before it", file=sys.stderr)
             continue
         return state
     return None
 
 
-def _check_sums(file: Path) -> None:
-    """Raises BadZipFile if a byte has changed, which torch.load would take for a weight."""
-    with zipfile.ZipFile(file) as archive:
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(damaged)
+def _check_digest(path: Path) -> None:
+    """Raises ValueError if a byte has changed, which torch.load would take for a weight."""
+    digest, left = hashlib.sha256(), path.stat().st_size - DIGEST_BYTES
+    with path.open("rb") as file:
+        while left > 0 and (part := file.read(min(left, 1 << 20))):
+            digest.update(part)
+            left -= len(part)
+        if file.read() != digest.digest():
+            raise ValueError("its SHA-256 does not match")
 
 
 def discard(folder: Path) -> None:

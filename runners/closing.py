@@ -12,6 +12,7 @@ from ablate.attempts import Attempt, complete, read_attempts, write_attempts
 from ablate.lock import Taken, lock
 from ablate.plan import Cell
 from ablate.record import Failure, Record, Status, read_record, write_atomic
+from runners.cell import finished
 from runners.launchers.protocol import Ended
 
 
@@ -20,7 +21,7 @@ class Before:
     """What a cell's folder held when the cell was handed over."""
 
     attempts: int
-    stamp: tuple[int, int] | None  # of its record, which the cell removes as it starts
+    stamp: tuple[int, int] | None  # of its record
     time: float  # seconds since 1970
 
     @classmethod
@@ -43,6 +44,8 @@ def close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: bo
 
 
 def _close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: bool) -> Record:
+    if done := finished(folder):  # by whomever
+        return done
     written = read_record(folder) if _stamp(folder) != before.stamp else None
     attempts = read_attempts(folder)
     if len(attempts) == before.attempts:  # it could not even note that it started
