@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from runners.launchers.protocol import Ended
 
 PATIENCE = 5  # seconds that the other processes of a cell get, once one has failed
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
+MEETING_POINT = "ABLATE_MEETING_POINT"
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -107,17 +109,17 @@ def environments(processes: int, devices: Sequence[str] = (), threads: int | Non
     """What tells the processes of a cell, in order of ranks, of each other, of their GPUs and threads.
 
     The same variables as torchrun's, which cannot be used here: half a minute after it was asked to stop it kills, and
-    an epoch takes longer. Without `devices` they see the GPUs that this process sees.
+    an epoch takes longer. They meet at a file that nobody else has, not at a port, which another may take before them.
+    Without `devices` they see the GPUs that this process sees.
     """
     shared = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
     if devices:
         shared["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     if processes == 1:
         return [shared]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared[MEETING_POINT] = str(
+        Path(tempfile.gettempdir(), f"ablate-{uuid.uuid4().hex}")
+    )  # the last to leave removes it
     shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 

@@ -513,7 +513,9 @@ def test_the_processes_of_a_cell_know_each_other_and_their_devices(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = "$RANK $LOCAL_RANK $WORLD_SIZE $OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES"
-    script(folder / "fake", f'echo "{words}" > "$4/rank-$RANK"; echo $MASTER_PORT > "$4/port-$RANK"', monkeypatch)
+    script(
+        folder / "fake", f'echo "{words}" > "$4/rank-$RANK"; echo $ABLATE_MEETING_POINT > "$4/meet-$RANK"', monkeypatch
+    )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(local, "visible_gpus", lambda: ["0", "1", "2", "3"])
@@ -521,7 +523,8 @@ def test_the_processes_of_a_cell_know_each_other_and_their_devices(
     for cell, devices in ((FIRST, "0,1"), (SECOND, "2,3")):
         told = [(folder / cell.id / f"rank-{rank}").read_text().strip() for rank in (0, 1)]
         assert told == [f"0 0 2 2 {devices}", f"1 1 2 2 {devices}"]
-        assert len({(folder / cell.id / f"port-{rank}").read_text() for rank in (0, 1)}) == 1
+    meeting = [[(folder / cell.id / f"meet-{rank}").read_text() for rank in (0, 1)] for cell in (FIRST, SECOND)]
+    assert meeting[0][0] == meeting[0][1] != meeting[1][0] == meeting[1][1]
 
 
 def test_where_one_process_fails_the_others_end_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
