@@ -41,14 +41,21 @@ def freeze(results: Path, plan: Plan, grid_text: str) -> None:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{results}: cannot be made a folder: {error.strerror}") from None
-    write_atomic(results / "grid.yaml", grid_text)
-    write_atomic(results / "plan.json", plan.to_json())
-    for cell in plan.cells:
-        path, text = results / cell.id / "cell.json", cell.model_dump_json(indent=1) + "\n"
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(exist_ok=True)
-            write_atomic(path, text)
-        mend(path.parent)
+    try:
+        write_atomic(results / "grid.yaml", grid_text)
+        write_atomic(results / "plan.json", plan.to_json())
+        for cell in plan.cells:
+            _freeze_cell(results / cell.id, cell)
+    except OSError as error:
+        raise InputError(f"{results}: cannot be written: {error.strerror}") from None
+
+
+def _freeze_cell(folder: Path, cell: Cell) -> None:
+    path, text = folder / "cell.json", cell.model_dump_json(indent=1) + "\n"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        folder.mkdir(exist_ok=True)
+        write_atomic(path, text)
+    mend(folder)
 
 
 def run_cells(
