@@ -1,8 +1,8 @@
 """Cells as jobs of a SLURM array, by submitit.
 
-Before its time limit a cell saves itself and its job goes back into the queue. What has become of a cell is in its
-folder; SLURM is asked only whether a job is still there, as its accounting may be missing. Results must lie on a disk
-that all nodes share.
+Before its time limit, or where SLURM takes its place away, a cell saves itself and its job goes back into the queue.
+What has become of a cell is in its folder; SLURM is asked only whether a job is still there, as its accounting may be
+missing. Results must lie on a disk that all nodes share.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ablate.attempts import read_attempts
-from ablate.record import write_atomic
+from ablate.record import Status, read_record, write_atomic
 from ablate.source import InputError
 from runners.launchers.processes import CellProcesses, environments, fair_threads, start
 from runners.launchers.protocol import Ended, Job
@@ -83,6 +83,9 @@ class SlurmTask:
         self.cell = start(Path(folder), environments(self.processes, threads=threads), tied=True)
         while (ended := self.cell.poll()) is None:
             time.sleep(0.2)
+        if _goes_on(Path(folder), Path(word)):
+            _command("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+            time.sleep(GONE)  # until SLURM ends this job
         write_atomic(Path(word), json.dumps({"code": ended.code, "rank": ended.rank, "size": ended.size}))
 
     def checkpoint(self, folder: str, word: str) -> Any:
@@ -139,11 +142,29 @@ class SlurmJob:
 
     def cancel(self, *, force: bool = False) -> None:
         self.cancelled = True
+        _request(self.word).touch()
         for options in ([],) if force else (["--state=PENDING"], ["--signal=TERM"]):
             try:
                 _command("scancel", *options, self.id)
             except OSError:  # it has ended meanwhile
                 continue
+
+
+def _goes_on(folder: Path, word: Path) -> bool:
+    """Whether a cell has saved itself because SLURM, and not its launcher or who called scancel, has asked it to."""
+    record = read_record(folder)
+    if record is None or record.status is not Status.INTERRUPTED or _request(word).exists():
+        return False
+    try:
+        state = _command("squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}")
+    except OSError:
+        return False
+    return state.strip() == "RUNNING"
+
+
+def _request(word: Path) -> Path:
+    """The file that says that a launcher has asked a cell to stop."""
+    return word.with_suffix(".stop")
 
 
 def _has_gpus(partition: str | None) -> bool:
