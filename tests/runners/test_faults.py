@@ -13,7 +13,9 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -368,6 +370,35 @@ def test_a_grid_comes_to_the_same_end_whatever_happens(
     campaign.finish()
     assert campaign.injected[fault.__name__], "it came too late"
     record_property("faults", sum(campaign.injected.values()))
+    check(campaign, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a tmpfs cannot be mounted here; the other full disks are limits on the size of files")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_grid_outlives_a_disk_without_a_byte_left(small_disk: Path, undisturbed: dict[str, list[str]]) -> None:
+    campaign = Campaign(folder=small_disk / "r" / "quickstart", random=random.Random(0))
+    launcher = campaign.start()
+    assert campaign.reach(launcher)
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 12)):
+            pass
+    assert campaign.ended(launcher) == 1
+    assert "No space left on device" in "".join(path.read_text() for path in campaign.folder.parent.rglob("*.txt"))
+    refused = campaign.start()
+    assert campaign.ended(refused) in (1, 2)
+    filler.unlink()
+    campaign.finish()
     check(campaign, undisturbed)
 
 
