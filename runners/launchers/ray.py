@@ -45,9 +45,8 @@ class RayLauncher:
             if wanted > max(node["Resources"].get(name, 0) for node in self.ray.nodes() if node["Alive"]):
                 self.close()
                 raise InputError(f"--launcher ray: a cell needs {wanted} {name}s, which no node of {address} has")
-        self.task = self.ray.remote(run_task).options(
-            num_gpus=self.gpus, num_cpus=self.cpus, max_retries=attempts - 1, max_calls=1
-        )
+        needs = {"num_gpus": self.gpus, "num_cpus": self.cpus}
+        self.task = self.ray.remote(**needs, max_retries=attempts - 1, max_calls=1)(run_task)
 
     def submit(self, folders: Sequence[Path]) -> list[Job]:
         return [self._submit(folder.resolve()) for folder in folders]

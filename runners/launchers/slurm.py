@@ -83,8 +83,9 @@ class SlurmTask:
         self.cell = start(Path(folder), environments(self.processes, threads=threads), tied=True)
         while (ended := self.cell.poll()) is None:
             time.sleep(0.2)
-        if _goes_on(Path(folder), Path(word)):
-            _command("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+        job = _submitit().JobEnvironment().job_id  # with its place in the array, whose own id one of its jobs has too
+        if _goes_on(job, Path(folder), Path(word)):
+            _command("scontrol", "requeue", job)
             time.sleep(GONE)  # until SLURM ends this job
         write_atomic(Path(word), json.dumps({"code": ended.code, "rank": ended.rank, "size": ended.size}))
 
@@ -150,13 +151,13 @@ class SlurmJob:
                 continue
 
 
-def _goes_on(folder: Path, word: Path) -> bool:
+def _goes_on(job: str, folder: Path, word: Path) -> bool:
     """Whether a cell has saved itself because SLURM, and not its launcher or who called scancel, has asked it to."""
     record = read_record(folder)
     if record is None or record.status is not Status.INTERRUPTED or _request(word).exists():
         return False
     try:
-        state = _command("squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}")
+        state = _command("squeue", "--noheader", "--format=%T", f"--jobs={job}")
     except OSError:
         return False
     return state.strip() == "RUNNING"
