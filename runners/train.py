@@ -6,7 +6,6 @@ record.json, whatever happens. Several processes may share a cell (distributed.p
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -34,7 +33,8 @@ from runners.update import update
 def train_cell(folder: Path) -> Record:
     """Train the cell of a folder to its end and write its record. Bad states are records, not exceptions.
 
-    Raises InputError, with nothing done, where the processes that there are cannot share the cell's groups.
+    Whoever calls it holds the lock of the folder. Raises InputError, with nothing done, where the processes that there
+    are cannot share the cell's groups.
     """
     cell, world = read_cell(folder), join()
     check_devices(cell.recipe, world.size)
@@ -165,7 +165,3 @@ def train_epoch(run: Run) -> dict[str, float]:
     with run.booked("update"):
         trained = update(run, samples, advantage.float())
     return {**samples.metrics, **{f"train/{name}": value for name, value in trained.items()}}
-
-
-if __name__ == "__main__":
-    sys.exit(0 if train_cell(Path(sys.argv[1])).status.final else 1)
