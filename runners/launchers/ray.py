@@ -7,6 +7,7 @@ Of Ray there is the core alone. Results must lie on a disk that all nodes share.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,9 @@ class RayLauncher:
         address = settings.get("address") or os.environ.get("RAY_ADDRESS") or "local"
         alone: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
+            _knock(address)
             self.ray.init(address=address, log_to_driver=False, **alone)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"--launcher ray: no cluster at {address}: {str(error).splitlines()[0]}") from None
         there = self.ray.cluster_resources()
         self.gpus = settings.get("gpus", processes if there.get("GPU") else 0)
@@ -96,6 +98,13 @@ def run_task(folder: str, where: str, processes: int, cpus: int) -> tuple[int, i
             return ended.code, ended.rank, ended.size
         except KeyboardInterrupt:
             cell.cancel()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nobody listens at a host:port; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _ray() -> Any:
