@@ -12,6 +12,7 @@ results/<grid>/<cell id>/cell.json       the resolved cell
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -47,6 +48,16 @@ class Status(StrEnum):
     def final(self) -> bool:
         """Whether the cell is never run again."""
         return self in (Status.DONE, Status.DIVERGED)
+
+
+class Failure(StrEnum):
+    """Of which kind a failure is, as each has another answer."""
+
+    OUT_OF_MEMORY = "out_of_memory"  # of a device: again with smaller batches
+    BAD_CONFIG = "bad_config"  # the message says what to change
+    KILLED = "killed"  # by a signal: again from the checkpoint
+    NODE_LOST = "node_lost"  # with its machine: again, elsewhere
+    ERROR = "error"
 
 
 class Ledger(Strict):
@@ -118,6 +129,7 @@ class Record(Strict):
     format: int = FORMAT
     id: str
     status: Status
+    failure: Failure | None = None  # where the status is `failed`
     message: Annotated[str, AfterValidator(redacted)] = ""
     seed: int
     attempts: int = 1
@@ -168,16 +180,46 @@ class PlanFile(Strict):
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:  # a full disk
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of a cell's folder; None while it has none. Raises InputError for one of another version."""
+    """The record of a cell's folder; None while it has none, and once an unfinished one has been followed by a start.
+
+    Raises InputError for one that is damaged or of another version.
+    """
     path = folder / "record.json"
     if not path.exists():
         return None
-    return _validated(Record, path)
+    record = _validated(Record, path)
+    return record if record.status.final or _starts(folder) <= record.attempts else None
+
+
+def _starts(folder: Path) -> int:
+    """Lines of attempts.jsonl."""
+    path = folder / "attempts.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a JSON file was cut short or overwritten; one that is not there is not."""
+    try:
+        json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return False
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file; its new path."""
+    return path.replace(path.with_name(f"damaged-{path.name}"))
 
 
 def read_plan(results: Path) -> PlanFile:
@@ -205,7 +247,7 @@ def read_spent(folder: Path) -> Ledger:
     try:
         return Ledger.model_validate_json((folder / LEDGER).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # there is none, or the machine went down as it was written
-        record = read_record(folder)
+        record = _readable_record(folder)
     if record and record.status.final:
         return record.cost
     lines = read_metrics(folder)
@@ -214,6 +256,13 @@ def read_spent(folder: Path) -> Ledger:
     except ValidationError as error:
         where = f"{folder / 'metrics.jsonl'}:{len(lines)}"
         raise InputError(f"{where}: the last line has no ledger: {error.errors()[0]['msg']}") from None
+
+
+def _readable_record(folder: Path) -> Record | None:
+    try:
+        return read_record(folder)
+    except InputError:
+        return None
 
 
 def _validated(model: type[M], path: Path) -> M:

@@ -18,6 +18,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, distributed
 
+from runners.launchers.processes import MEETING_POINT
+
 Value = TypeVar("Value")
 
 TIMEOUT = timedelta(hours=2)  # that processes wait for each other: one may be scoring images elsewhere
@@ -88,9 +90,11 @@ def is_main() -> bool:
 
 def join() -> World:
     """Meet the other processes of this cell, if whoever started this one says that there are any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size, there = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get(MEETING_POINT)
+    if size == 1:
         return World(device=this_device())
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+    meeting = {"init_method": f"file://{there}", "rank": int(os.environ["RANK"]), "world_size": size} if there else {}
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT, **meeting)
     return World(device=state.device, rank=state.process_index, size=state.num_processes)
 
 

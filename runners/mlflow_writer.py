@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ablate.attempts import read_attempts
 from ablate.plan import Cell
 from ablate.probe_rows import FOLDER as PROBE
 from ablate.record import Record, Status, parse_metrics, read_cell, read_plan, read_record
 from ablate.secrets import without_secrets
-from ablate.source import InputError, parse_json, shown, text_of
+from ablate.source import InputError, text_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -144,7 +145,7 @@ class Writer:
         folder = self.results / id
         cell, metrics, attempts, record = (folder / name for name in FILES)
         files = [cell, metrics, attempts, record, *_files(folder / "samples")]
-        starts = read_starts(folder) or [cell.stat().st_mtime]
+        starts = [a.started for a in read_attempts(folder) if 0 < a.started < LATEST] or [cell.stat().st_mtime]
         run = self.runs.get(id) or self._create(id, starts[0], kind="cell", cell=id)
         if not run.changed(files):
             return 0
@@ -290,18 +291,6 @@ def _batches(items: list[T], size: int) -> Iterator[list[T]]:
 
 def _claim(lines: list[bytes]) -> str:
     return f"{len(lines)} {hashlib.sha256(b''.join(lines)).hexdigest()}"
-
-
-def read_starts(folder: Path) -> list[float]:
-    """When a cell was started, in seconds since 1970. Raises InputError with file and line."""
-    path = folder / "attempts.jsonl"
-    starts = []
-    for number, line in enumerate(_lines(path), start=1):
-        started: object = parse_json(text_of(line, path, number), str(path), first=number).get("started")
-        if isinstance(started, bool) or not isinstance(started, int | float) or not 0 <= started < LATEST:
-            raise InputError(f"{path}:{number}: started: got {shown(started)}, expected seconds since 1970")
-        starts.append(float(started))
-    return starts
 
 
 def _lines(path: Path) -> list[bytes]:

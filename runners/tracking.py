@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from ablate.lock import lock
+from ablate.lock import Taken, lock
 from ablate.secrets import redacted
 from ablate.source import InputError
 from runners.mlflow_writer import SyncSummary, Writer, is_server
@@ -53,7 +53,7 @@ def _only_writer(results: Path) -> Iterator[None]:
         if (results / "plan.json").is_file():
             try:
                 held.enter_context(lock(results))
-            except InputError:
+            except Taken:
                 raise Mirrored(
                     f"{results}: another process mirrors it to MLflow; try again once that has ended"
                 ) from None

@@ -18,6 +18,7 @@ from fuzz import damaged
 from hypothesis import HealthCheck, given, settings
 from ruamel.yaml import YAML
 
+from ablate.attempts import read_attempts
 from ablate.forecast import plan_json, read_bench
 from ablate.grid import load_grid
 from ablate.plan import make_plan
@@ -29,7 +30,6 @@ from analysis.probe import read_rows, signal_to_noise
 from analysis.published import load_published
 from runners.cell_state import state_of
 from runners.identity import identify
-from runners.mlflow_writer import read_starts
 from runners.prompts import read_prompts
 from runners.sweep import freeze
 
@@ -105,7 +105,7 @@ def results(folder: Path) -> object:
     study = folder / "results" / "study"
     loaded = load(study)
     cell = next(path.parent for path in study.glob("*/cell.json"))
-    read_record(cell), read_metrics(cell), read_spent(cell), read_starts(cell)
+    read_record(cell), read_metrics(cell), read_spent(cell), read_attempts(cell)
     return loaded, state_of(study, read_cell(cell))
 
 

@@ -277,15 +277,26 @@ def test_a_target_that_was_reached_before_a_kill_is_not_trained_on(
     assert (record.status, record.epochs, len(measured)) == (Status.DONE, 2, 3)
 
 
-@pytest.mark.parametrize("length", [0, 100, 5000])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_counts(tmp_path: Path, length: int, capsys) -> None:
+def cut_to(length: int) -> Callable[[bytes], bytes]:
+    return lambda content: content[:length]
+
+
+def with_bit_flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damaged", [cut_to(0), cut_to(100), cut_to(5000), cut_to(-1), with_bit_flipped])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_counts(
+    tmp_path: Path, damaged: Callable[[bytes], bytes], capsys
+) -> None:
     cell = BY_NAME["grpo/elbo-simple/ode"]
     run = set_up(folder_of(cell, tmp_path), cell)
     for epoch in (1, 2):
         run.progress.epoch = epoch
         checkpoint.save(tmp_path, run.progress, run.policy, run.optimizer, run.scaler)
     newest = tmp_path / "checkpoint" / "state.pt"
-    newest.write_bytes(newest.read_bytes()[:length])
+    newest.write_bytes(damaged(newest.read_bytes()))
     assert set_up(tmp_path, cell).progress.epoch == 1
     assert f"{newest} is damaged and left out" in capsys.readouterr().err
     (tmp_path / "checkpoint" / "before.pt").unlink()
