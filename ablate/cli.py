@@ -102,8 +102,26 @@ def run(
     settings: Settings = None,
     only: Only = None,
     seeds: Seeds = None,
-    workers: Annotated[int, typer.Option(min=1, help="Cells at a time; cores and GPUs are shared between them")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cells at a time, which share cores and GPUs; by default 1, on a cluster as many as it has room for",
+        ),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes per cell, one GPU each; the result is the same")] = 1,
+    launcher: Annotated[
+        str, typer.Option(help="Where cells run: local, inline (in this process), ray or slurm", metavar="NAME")
+    ] = "local",
+    launcher_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--launcher-set", help="A setting of a cluster, e.g. partition=gpu or address=auto", metavar="NAME=VALUE"
+        ),
+    ] = None,
+    attempts: Annotated[
+        int, typer.Option(min=1, help="Failures of a cell until it is left to the next run; not all are tried again")
+    ] = 3,
     budget: Annotated[
         float | None,
         typer.Option(
@@ -123,8 +141,9 @@ def run(
     from ablate.geometry import check_devices
     from runners.cell_state import state_of
     from runners.hub import check_model
+    from runners.launchers import make_launcher
     from runners.preflight import preflight
-    from runners.sweep import check_gpus, freeze, in_order, run_cells
+    from runners.sweep import freeze, in_order, run_cells
     from runners.tracking import Mirror, compare_link, server_command
 
     loaded, whole, planned = _planned(grid, settings, only, seeds)
@@ -136,25 +155,36 @@ def run(
         return
     for cell in planned.cells:
         check_devices(cell.recipe, processes)
-    check_gpus(1 if only_freeze else processes)  # frozen cells may be for another machine
+    place = (
+        None
+        if only_freeze
+        else make_launcher(  # frozen cells may be for another machine
+            launcher,
+            folder,
+            workers=workers,
+            processes=processes,
+            settings=dict(_setting(text, "--launcher-set", "NAME") for text in launcher_settings or ()),
+            attempts=attempts,
+        )
+    )
     for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in planned.cells}.values():
         check_model(model)
     freeze(folder, whole, loaded.source.text)
-    if only_freeze:
+    if place is None:
         for cell in in_order(planned.cells):
             typer.echo(folder / cell.id)
         return
-    _print_findings(console, preflight(planned.cells, folder, workers=workers, processes=processes))
+    _print_findings(console, preflight(planned.cells, folder, workers=workers or 1, processes=processes))
+    at_once = f"{workers or 1} at a time" if workers or launcher == "local" else f"by {launcher}"
     console.print(
-        f"{counted(len(planned.cells), 'cell')} in {folder}, {workers} at a time; "
-        f"combinations excluded: {len(planned.excluded)}"
+        f"{counted(len(planned.cells), 'cell')} in {folder}, {at_once}; combinations excluded: {len(planned.excluded)}"
     )
     mirror = Mirror(folder, tracking_uri) if tracking else None
     if mirror:
         mirror.start()
     try:
         states = run_cells(
-            folder, planned.cells, console=console, workers=workers, processes=processes, device_hours=budget
+            folder, planned.cells, console=console, launcher=place, attempts=attempts, device_hours=budget
         )
     except KeyboardInterrupt:
         console.print(f"Stopped. Nothing is lost; continue with: ablate run {shlex.join(sys.argv[2:])}", soft_wrap=True)
@@ -174,21 +204,12 @@ def run(
 @app.command()
 def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under results/")]) -> None:
     """Train the one cell whose folder this is, to its end; used by `run`, or by hand."""
-    from contextlib import nullcontext
-
-    from ablate.lock import lock
-    from ablate.record import read_cell, read_record
+    from runners.cell import run_cell
     from runners.distributed import is_main
 
-    read_cell(folder)
-    hung: list[str] = []
-    with lock(folder) if is_main() else nullcontext():
-        done = read_record(folder)
-        if done is None or not done.status.final:
-            from runners.scoring import hung
-            from runners.train import train_cell
+    done = run_cell(folder)
+    from runners.scoring import hung
 
-            done = train_cell(folder)
     if is_main():
         typer.echo(f"{done.id} {done.status} {done.message}".strip())
     code = 0 if done.status.final else 1
@@ -494,17 +515,17 @@ def _planned(
     return loaded, whole, _kept(whole, loaded, only, seeds)
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def _setting(text: str, option: str = "--set", key_word: str = "FIELD") -> tuple[str, Any]:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     key, separator, value = text.partition("=")
     if not separator or not value:
-        raise InputError(f"--set {text}: expected FIELD=VALUE")
+        raise InputError(f"{option} {text}: expected {key_word}=VALUE")
     try:
         return key, YAML(typ="safe", pure=True).load(value)
     except YAMLError:
-        raise InputError(f"--set {text}: got {value!r}, which is not valid YAML") from None
+        raise InputError(f"{option} {text}: got {value!r}, which is not valid YAML") from None
 
 
 def _numbers(option: str, text: str, example: str) -> set[int]:

@@ -43,6 +43,16 @@ class Status(StrEnum):
         return self in (Status.DONE, Status.DIVERGED)
 
 
+class Failure(StrEnum):
+    """Of which kind a failure is, as each has another answer."""
+
+    OUT_OF_MEMORY = "out_of_memory"  # of a device: again with smaller batches
+    BAD_CONFIG = "bad_config"  # the message says what to change
+    KILLED = "killed"  # by a signal: again from the checkpoint
+    NODE_LOST = "node_lost"  # with its machine: again, elsewhere
+    ERROR = "error"
+
+
 class Ledger(Strict):
     """Seconds x devices by phase, network calls, and what killed attempts had to do again."""
 
@@ -112,6 +122,7 @@ class Record(Strict):
     format: int = FORMAT
     id: str
     status: Status
+    failure: Failure | None = None  # where the status is `failed`
     message: str = ""
     seed: int
     attempts: int = 1
@@ -130,11 +141,37 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of a cell's folder; None while it has none. Raises InputError for one of another version."""
+    """The record of a cell's folder; None while it has none, and once an unfinished one has been followed by a start.
+
+    Raises InputError for one that is damaged or of another version.
+    """
     path = folder / "record.json"
     if not path.exists():
         return None
-    return _validated(Record, path)
+    record = _validated(Record, path)
+    return record if record.status.final or _starts(folder) <= record.attempts else None
+
+
+def _starts(folder: Path) -> int:
+    """Lines of attempts.jsonl."""
+    path = folder / "attempts.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a JSON file was cut short or overwritten; one that is not there is not."""
+    try:
+        json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return False
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file; its new path."""
+    return path.replace(path.with_name(f"damaged-{path.name}"))
 
 
 def read_cell(folder: Path) -> Cell:
@@ -157,11 +194,18 @@ def read_spent(folder: Path) -> Ledger:
     try:
         return Ledger.model_validate_json((folder / LEDGER).read_text(encoding="utf-8"))
     except (OSError, ValidationError):  # there is none, or the machine went down as it was written
-        record = read_record(folder)
+        record = _readable_record(folder)
     if record and record.status.final:
         return record.cost
     last = (read_metrics(folder) or [{}])[-1]
     return Ledger.of_line(last)
+
+
+def _readable_record(folder: Path) -> Record | None:
+    try:
+        return read_record(folder)
+    except InputError:
+        return None
 
 
 def _validated(model: type[M], path: Path) -> M:

@@ -158,7 +158,7 @@ def _cell(planned: _Planned, name: str, folder: Path) -> dict[str, Any]:
 
 
 def _ending(record: Record | None, folder: Path) -> dict[str, Any]:
-    """Status and ledger. A cell has its folder before it starts; starting again removes its record."""
+    """Status and ledger. A cell has its folder before it starts; starting again outdates its record."""
     if record is None:
         started = any((folder / name).exists() for name in ("attempts.jsonl", "metrics.jsonl"))
         status = RUNNING if is_locked(folder) else Status.INTERRUPTED.value if started else NOT_STARTED

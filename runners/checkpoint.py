@@ -1,9 +1,13 @@
-"""Checkpoints of a cell: written whole or not at all; the newest intact one counts, and the one before is kept."""
+"""Checkpoints of a cell: written whole or not at all; the newest intact one counts, and the one before is kept.
+
+Each ends with the SHA-256 of all that comes before it, which PyTorch does not look at, and goes where the file goes.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
-import pickle
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,6 +22,7 @@ from ablate.source import InputError
 from runners.policy import SD3Policy
 
 NEWEST_FIRST = ("state.pt", "before.pt")
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(kw_only=True)
@@ -50,8 +55,10 @@ def save(
         "scaler": scaler.state_dict(),
     }
     partial, newest = target / "state.partial", target / "state.pt"
-    with partial.open("wb") as file:
+    with partial.open("w+b") as file:
         torch.save(state, file)
+        file.seek(0)
+        file.write(hashlib.file_digest(file, "sha256").digest())  # which has read to the end
         file.flush()
         os.fsync(file.fileno())
     if newest.exists():
@@ -62,8 +69,13 @@ def save(
 def restore(
     folder: Path, policy: SD3Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> Progress | None:
-    """Continue from the newest intact checkpoint of a cell; None where there is none. Damaged ones are named."""
-    state = _intact([folder / "checkpoint" / name for name in NEWEST_FIRST], policy.device)
+    """Continue from the newest intact checkpoint of a cell; None where there is none. Damaged ones are named.
+
+    One whose epochs metrics.jsonl does not have, as its end was lost, does not count: they are trained again.
+    """
+    metrics = folder / "metrics.jsonl"
+    length = metrics.stat().st_size if metrics.exists() else 0
+    state = _intact([folder / "checkpoint" / name for name in NEWEST_FIRST], policy.device, length)
     if state is None:
         return None
     policy.load_state(state["policy"])
@@ -91,18 +103,36 @@ def read_newest(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _intact(files: Sequence[Path], device: torch.device) -> dict[str, Any] | None:
-    """The first of the files that can be read."""
+def _intact(files: Sequence[Path], device: torch.device, length: float = math.inf) -> dict[str, Any] | None:
+    """The first of the files that can be read, and knows of at most so many bytes of metrics.jsonl."""
     for file in files:
         if not file.exists():
             continue
         try:
+            _check_digest(file)
             state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            print(f"{file} is damaged and left out ({type(error).__name__})", file=sys.stderr)
+            beyond = state["metrics_bytes"] > length
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # whatever has become of it, the one before may do
+            print(f"{file} is damaged and left out ({type(error).__name__}: {error})", file=sys.stderr)
+            continue
+        if beyond:
+            print(f"{file} is left out: metrics.jsonl ends before it", file=sys.stderr)
             continue
         return state
     return None
+
+
+def _check_digest(path: Path) -> None:
+    """Raises ValueError if a byte has changed, which torch.load would take for a weight."""
+    digest, left = hashlib.sha256(), path.stat().st_size - DIGEST_BYTES
+    with path.open("rb") as file:
+        while left > 0 and (part := file.read(min(left, 1 << 20))):
+            digest.update(part)
+            left -= len(part)
+        if file.read() != digest.digest():
+            raise ValueError("its SHA-256 does not match")
 
 
 def discard(folder: Path) -> None:

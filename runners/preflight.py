@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from ablate.forecast import disk_bytes
 from ablate.geometry import possible_devices
 from ablate.plan import Cell
-from ablate.record import read_record
 from ablate.source import set_path
+from runners.cell import finished
 from runners.identity import model_path
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ class Finding:
 
 def preflight(cells: Sequence[Cell], folder: Path, *, workers: int = 1, processes: int = 1) -> Iterator[Finding]:
     """What speaks against starting these cells in a grid's folder: memory or disk that will not do."""
-    records = [(cell, read_record(folder / cell.id)) for cell in cells]
-    todo = [cell for cell, record in records if record is None or not record.status.final]
+    todo = [cell for cell in cells if not finished(folder / cell.id)]
     large = [cell for cell in todo if cell.recipe.model.path != EMBEDDED]
     found = []
     trained = _weights_file() if len(large) < len(todo) else 0

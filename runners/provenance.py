@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import platform
 import subprocess
 import time
@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
+from ablate.attempts import Attempt
 from ablate.record import Provenance
 
 
-def note_attempt(folder: Path) -> int:
-    """Note this start in attempts.jsonl; returns how many there were."""
-    path = folder / "attempts.jsonl"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"started": time.time(), "host": platform.node()}) + "\n")
-    return len(path.read_text(encoding="utf-8").splitlines())
+def this_attempt(num_devices: int = 1) -> Attempt:
+    """The start of a cell by this process, the first of as many as it has devices."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_devices)))
+    devices = tuple(visible.split(",")) if torch.cuda.is_available() else ("cpu",) * num_devices
+    return Attempt(started=time.time(), host=platform.node(), pid=os.getpid(), devices=devices)
 
 
 def provenance(num_devices: int = 1) -> Provenance:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ablate.attempts import book_lost
 from ablate.components import build
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
@@ -58,6 +59,7 @@ class Run:
     scaler: torch.amp.GradScaler  # of the loss, for float16
     progress: Progress
     batch_sizes: dict[str, int] = field(default_factory=dict)  # of rollout, update and eval, as they fitted into memory
+    halvings: int = 0  # how often batch sizes are halved from the start: attempts before ran out of memory
     objective: Any = field(init=False)
     estimator: Any = field(init=False)
     sampler: Any = field(init=False)
@@ -79,7 +81,8 @@ class Run:
 
     def in_memory(self, phase: str, size: int, attempt: Callable[[int], Result]) -> Result:
         """`attempt(size)`, or with the size that has fitted into memory before."""
-        result, self.batch_sizes[phase] = in_memory(self.batch_sizes.get(phase, size), attempt)
+        smaller = max(1, size >> self.halvings)
+        result, self.batch_sizes[phase] = in_memory(self.batch_sizes.get(phase, smaller), attempt)
         return result
 
     def shares(self) -> list[Tensor]:
@@ -189,7 +192,9 @@ class Run:
             progress.metrics_bytes = file.tell()
 
 
-def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: World | None = None) -> Run:
+def set_up(
+    folder: Path, cell: Cell, policy: SD3Policy | None = None, world: World | None = None, halvings: int = 0
+) -> Run:
     """Load the model (or take `policy`), prompts and reward of a cell; continue from its checkpoint if there is one."""
     world = world or join()
     reward, panel = rewards_of(cell.recipe)
@@ -228,6 +233,7 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
         optimizer=optimizer,
         scaler=scaler,
         progress=progress,
+        halvings=halvings,
     )
 
 
@@ -259,6 +265,7 @@ def _go_back_to(progress: Progress, folder: Path) -> None:
     """Cut metrics.jsonl back to the checkpoint, and book as lost what was spent since: it has to be done again."""
     progress.cost = read_spent(folder).undone(progress.cost)
     write_ledger(folder, progress.cost)  # first, so that a kill here books nothing twice
+    book_lost(folder, progress.cost.lost, index=-2)  # on the attempt before this one
     path = folder / "metrics.jsonl"
     if path.exists() and path.stat().st_size > progress.metrics_bytes:
         with path.open("rb+") as file:

@@ -1,39 +1,39 @@
-"""Many cells: one process each, a finished one never again, an interrupted one from its checkpoint.
+"""Many cells: what is to be done and in which order; handed to a launcher, watched, closed, tried again.
 
-The folders under results/ are the state; there is no other. A failed cell ends its own process and is tried again by
-the next `ablate run`.
+The folders under results/ are the state; there is no other. A finished cell never runs again, an interrupted one goes
+on from its checkpoint, and a failed one ends its own processes alone.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, Group
 from rich.text import Text
 
+from ablate.attempts import read_attempts
 from ablate.lock import is_locked
 from ablate.plan import Cell, Plan
-from ablate.record import Record, Status, read_json, read_record, read_spent, write_atomic
+from ablate.record import Status, read_json, read_spent, write_atomic
 from ablate.source import InputError
+from runners.cell import finished, mend
 from runners.cell_state import CellState, state_of
+from runners.closing import Before, close
+from runners.launchers.local import LocalLauncher
+from runners.launchers.protocol import Ended, Job, Launcher
 from runners.live import live, live_table
+from runners.retries import answer
 from runners.stopping import ONE_REQUEST, stop_requests
 
-PATIENCE = 5  # seconds that the other processes of a cell get, once one has failed
 AT_ONCE = 60  # seconds that cells get to end, once they were asked to stop at once
 
 
 def freeze(results: Path, plan: Plan, grid_text: str) -> None:
     """Write the plan and a folder with its cell.json for every cell;
-    an existing one is left alone, but for what is no part of its id.
+    an existing one is left alone, but for what is no part of its id and for a record that nobody could read.
     """
     if (results / "plan.json").exists():
         read_json(results / "plan.json")  # refuses results of another version
@@ -48,6 +48,7 @@ def freeze(results: Path, plan: Plan, grid_text: str) -> None:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, text)
+        mend(path.parent)
 
 
 def run_cells(
@@ -55,45 +56,37 @@ def run_cells(
     cells: Sequence[Cell],
     *,
     console: Console,
+    launcher: Launcher | None = None,
     workers: int = 1,
     processes: int = 1,
+    attempts: int = 1,
     device_hours: float | None = None,
 ) -> list[CellState]:
-    """Run the cells that are not finished, `workers` at a time and `processes` each, and show them live.
+    """Run the cells that are not finished, and show them live.
 
-    Once all cells of the plan, not these alone, have spent `device_hours`, with what was lost, none is started, and
-    running ones are asked to stop. Raises KeyboardInterrupt when asked to stop, by SIGINT or SIGTERM, once every
-    running cell has saved itself.
+    `launcher`: where; by default here, `workers` at a time and `processes` each. `attempts`: how often each may fail
+    before it is left to the next run. Once all cells of the plan, not these alone, have spent `device_hours`, with what
+    was lost, none is started, and running ones are asked to stop. Raises KeyboardInterrupt when asked to stop, by any
+    of SIGNALS, once every running cell has saved itself.
     """
-    todo = [cell for cell in in_order(cells) if not _finished(results / cell.id)]
-    running: dict[str, _Running] = {}
-
-    def table() -> Group:
-        return live_table(console, results, cells, {name: cell.start for name, cell in running.items()})
-
+    launcher = launcher or LocalLauncher(workers, processes)
+    sweep = _Sweep(results=results, cells=cells, console=console, launcher=launcher, attempts=attempts)
     planned = [cell["id"] for cell in read_json(results / "plan.json")["cells"]] if device_hours is not None else []
 
     def spent() -> bool:
         return device_hours is not None and sum(_hours(results / name) for name in planned) >= device_hours
 
-    with live(console, table) as refresh, stop_requests() as requests:
+    with live(console, sweep.table) as refresh, stop_requests() as requests:
         try:
-            while todo or running:
+            while sweep.goes_on:
                 if requests:  # here, and not in the midst of starting a process, which nobody would know of
                     raise KeyboardInterrupt
                 if spent():
                     console.print(f"The grid has spent its {device_hours:g} device-hours; every cell saves itself.")
-                    _stop(running, console, requests)
+                    sweep.stop(requests)
                     break
-                while todo and len(running) < workers:
-                    cell = todo.pop(0)
-                    if is_locked(results / cell.id):
-                        console.print(f"{cell.id}: left to the process that is running it")
-                        continue
-                    slot = min(set(range(workers)) - {other.slot for other in running.values()})
-                    running[cell.id] = _start(results / cell.id, cell, slot, workers, processes)
-                for name in [name for name, cell in running.items() if _ended(cell)]:
-                    _close(running.pop(name), console)
+                sweep.submit()
+                sweep.close()
                 refresh()
                 time.sleep(0.5)
         except BaseException as error:
@@ -102,8 +95,10 @@ def run_cells(
                     "Stopping: each running cell finishes its epoch and saves. "
                     f"Ctrl-C again, {ONE_REQUEST} seconds from now or later: at once."
                 )
-            _stop(running, console, requests)
+            sweep.stop(requests)
             raise
+        finally:
+            launcher.close()
     return [state_of(results, cell) for cell in cells]
 
 
@@ -114,174 +109,114 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Running:
-    """A cell and its processes."""
+    """A cell that a launcher has."""
 
-    folder: Path
     cell: Cell
-    slot: int  # of as many as there are workers
-    processes: tuple[subprocess.Popen[bytes], ...]  # in order of ranks
+    job: Job
+    before: Before
     start: tuple[float, float]  # time.monotonic() and the share of the budget that was spent
 
-    failures: dict[int, int] = field(default_factory=dict)  # exit codes by rank, in the order in which they were seen
+
+@dataclass(kw_only=True)
+class _Sweep:
+    """What is still to be done, and what is being done."""
+
+    results: Path
+    cells: Sequence[Cell]
+    console: Console
+    launcher: Launcher
+    attempts: int
+    todo: list[Cell] = field(init=False)
+    later: list[tuple[float, Cell]] = field(default_factory=list)  # not before this time.monotonic()
+    running: dict[str, _Running] = field(default_factory=dict)
+    starts: dict[str, int] = field(init=False)  # of each cell before this run
+
+    def __post_init__(self) -> None:
+        self.todo = [cell for cell in in_order(self.cells) if not finished(self.results / cell.id)]
+        self.starts = {cell.id: len(read_attempts(self.results / cell.id)) for cell in self.todo}
 
     @property
-    def cause(self) -> tuple[int, int]:
-        """Rank and exit code of the process at fault: one that was killed, else the first that failed; code 0: none.
+    def goes_on(self) -> bool:
+        return bool(self.todo or self.later or self.running)
 
-        Where one is killed, the others fail for want of it, and often end before the death is seen.
-        """
-        killed = ((rank, code) for rank, code in self.failures.items() if code < 0)
-        return next(killed, next(iter(self.failures.items()), (0, 0)))
+    def table(self) -> Group:
+        starts = {name: running.start for name, running in self.running.items()}
+        return live_table(self.console, self.results, self.cells, starts)
+
+    def submit(self) -> None:
+        """Hand over as many cells as there is room for."""
+        now = time.monotonic()
+        self.todo += [cell for due, cell in self.later if due <= now]
+        self.later = [(due, cell) for due, cell in self.later if due > now]
+        taken: list[Cell] = []
+        while self.todo and len(self.running) + len(taken) < self.launcher.places:
+            cell = self.todo.pop(0)
+            folder = self.results / cell.id
+            if is_locked(folder):
+                self.console.print(f"{cell.id}: left to the process that is running it")
+            elif not finished(folder):  # by another launcher, meanwhile
+                taken.append(cell)
+        if not taken:
+            return
+        before = [Before.of(self.results / cell.id) for cell in taken]
+        fractions = [state_of(self.results, cell).fraction for cell in taken]
+        jobs = self.launcher.submit([self.results / cell.id for cell in taken])
+        for cell, job, found, fraction in zip(taken, jobs, before, fractions, strict=True):
+            start = (time.monotonic(), fraction)
+            self.running[cell.id] = _Running(cell=cell, job=job, before=found, start=start)
+
+    def close(self) -> None:
+        """Close the cells that have ended."""
+        for name, running in list(self.running.items()):
+            if ended := running.job.poll():
+                del self.running[name]
+                self._close(running, ended)
+
+    def _close(self, running: _Running, ended: Ended, *, stopped: bool = False) -> None:
+        """Make sure that an ended cell has a record; say so at once if it failed, and try again where that helps."""
+        folder = self.results / running.cell.id
+        try:
+            record = close(folder, running.cell, ended, running.before, stopped=stopped)
+        except (OSError, InputError) as error:  # a full disk
+            self.console.print(Text(f"{folder.name}: cannot be closed: {error}", style="red"))
+            return
+        if record is None or record.status not in (Status.FAILED, Status.DIVERGED, Status.REWARD_UNAVAILABLE):
+            return
+        failures = sum(attempt.failed for attempt in read_attempts(folder)[self.starts[folder.name] :])
+        again = None if stopped else answer(record, failures, self.attempts)
+        after = f"; again in {again[0]:g} s, {again[1]} (attempt {failures + 1} of {self.attempts})" if again else ""
+        self.console.print(Text(f"{folder.name} {record.status}: {record.message} (see {folder}/){after}", style="red"))
+        if again:
+            self.later.append((time.monotonic() + again[0], running.cell))
+
+    def stop(self, requests: Sequence[float]) -> None:
+        """Ask all cells to stop, and wait until they have saved themselves. Asked again: at once, then by force."""
+        heard = len(requests)
+        try:
+            self._cancel()
+            while not self._all_ended() and len(requests) == heard:
+                time.sleep(0.1)
+            if len(requests) > heard:
+                time.sleep(0.5)  # a cell heard of the first request a moment later, and ignores what follows too soon
+                self._cancel()
+                end = time.monotonic() + AT_ONCE
+                while not self._all_ended() and len(requests) == heard + 1 and time.monotonic() < end:
+                    time.sleep(0.1)
+        finally:
+            for running in self.running.values():
+                running.job.cancel(force=True)
+        for running in self.running.values():
+            self._close(running, running.job.poll() or Ended(code=-9), stopped=True)
+
+    def _cancel(self) -> None:
+        for running in self.running.values():
+            running.job.cancel()
+
+    def _all_ended(self) -> bool:
+        return None not in [running.job.poll() for running in self.running.values()]
 
 
 def _hours(folder: Path) -> float:
     """Device-hours that a cell has spent so far, with what was lost."""
     spent = read_spent(folder)
     return spent.device_hours + spent.lost / 3600
-
-
-def _finished(folder: Path) -> bool:
-    record = read_record(folder)
-    return record is not None and record.status.final
-
-
-def _start(folder: Path, cell: Cell, slot: int, workers: int, processes: int) -> _Running:
-    (folder / "record.json").unlink(missing_ok=True)
-    fraction = state_of(folder.parent, cell).fraction
-    cores = len(os.sched_getaffinity(0)) // (workers * processes)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores))
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
-    with (folder / "log.txt").open("ab") as log:
-        started = tuple(
-            subprocess.Popen(
-                [sys.executable, "-m", "ablate.cli", "cell", str(folder)],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **quiet, **own},
-                start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on
-            )
-            for own in process_environments(slot, workers, processes)
-        )
-    return _Running(folder=folder, cell=cell, slot=slot, processes=started, start=(time.monotonic(), fraction))
-
-
-def process_environments(slot: int, workers: int, processes: int) -> list[dict[str, str]]:
-    """What tells the processes of a cell, in order of ranks, of each other, and which GPUs are theirs.
-
-    The same variables as torchrun's, which cannot be used here: half a minute after it was asked to stop it kills, and
-    an epoch takes longer.
-    """
-    visible: dict[str, str] = {}
-    if workers > 1 and (devices := _gpus()):
-        own = [devices[(slot * processes + rank) % len(devices)] for rank in range(processes)]
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(own)}
-    if processes == 1:
-        return [visible]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **visible}
-    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    return [{**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-
-
-def check_gpus(processes: int) -> None:
-    """Raises InputError if a machine with GPUs has fewer of them than a cell has processes.
-
-    Cells may share a GPU, as small ones leave it idle most of the time; processes of one cell may not: NCCL refuses.
-    """
-    if processes > 1 and 0 < len(gpus := _gpus()) < processes:
-        raise InputError(
-            f"--processes {processes}: each process needs a GPU of its own, and this machine has {len(gpus)}; expected "
-            f"{len(gpus)} at most"
-        )
-
-
-def _gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    from torch.cuda import device_count  # noqa: PLC0415  (plans and tables start without torch)
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(i) for i in range(device_count())]
-
-
-def _ended(cell: _Running) -> bool:
-    """Whether all processes of a cell have ended. Where one fails, the others wait for it in vain, and end too."""
-    if _note_failures(cell) and any(process.poll() is None for process in cell.processes):
-        time.sleep(PATIENCE)
-        _note_failures(cell)
-        _kill(cell)
-    return all(process.poll() is not None for process in cell.processes)
-
-
-def _note_failures(cell: _Running) -> bool:
-    """Whether a process has failed of itself, not by being killed here."""
-    for rank, process in enumerate(cell.processes):
-        if code := process.poll():
-            cell.failures.setdefault(rank, code)
-    return bool(cell.failures)
-
-
-def _kill(cell: _Running) -> None:
-    for process in cell.processes:
-        process.kill()
-    for process in cell.processes:
-        process.wait()
-
-
-def _close(ended: _Running, console: Console, *, stopped: bool = False) -> None:
-    """Make sure an ended cell has a record, and say so at once if it failed."""
-    folder, (rank, code) = ended.folder, ended.cause
-    record = read_record(folder)
-    ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    if len(ended.processes) > 1:
-        ending = f"process {rank} of {len(ended.processes)}: {ending}"
-    if record is None and is_locked(folder):  # another `ablate run` was faster
-        return
-    if record and record.status is Status.FAILED and code < 0 and not stopped:  # written for want of the one killed
-        record = record.model_copy(update={"message": ending})
-        write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
-    if record is None:
-        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        starts = folder / "attempts.jsonl"
-        record = Record(
-            id=folder.name,
-            status=Status.INTERRUPTED if stopped else Status.FAILED,
-            message="" if stopped else f"{ending}: {lines[-1]}" if lines and code > 0 else ending,
-            seed=ended.cell.seed,
-            attempts=len(starts.read_text().splitlines()) if starts.exists() else 0,
-        )
-        write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
-    if record.status in (Status.FAILED, Status.DIVERGED, Status.REWARD_UNAVAILABLE):
-        console.print(Text(f"{folder.name} {record.status}: {record.message} (see {folder}/)", style="red"))
-
-
-def _stop(running: dict[str, _Running], console: Console, requests: Sequence[float]) -> None:
-    """Ask all cells to stop, and wait until they have saved themselves. A further request: at once, then by force."""
-    heard = len(requests)
-    try:
-        _terminate(running)
-        while not _all_ended(running) and len(requests) == heard:
-            time.sleep(0.1)
-        if len(requests) > heard:
-            time.sleep(0.5)  # a cell heard of the first request a moment later, and ignores what follows too soon
-            _terminate(running)
-            end = time.monotonic() + AT_ONCE
-            while not _all_ended(running) and len(requests) == heard + 1 and time.monotonic() < end:
-                time.sleep(0.1)
-    finally:
-        for cell in running.values():
-            _kill(cell)
-    for cell in running.values():
-        _close(cell, console, stopped=True)
-
-
-def _terminate(running: Mapping[str, _Running]) -> None:
-    for cell in running.values():
-        for process in cell.processes:
-            process.terminate()  # not SIGINT: a sweep started in the background hands on that it is ignored
-
-
-def _all_ended(running: Mapping[str, _Running]) -> bool:
-    return all(_ended(cell) for cell in running.values())

@@ -7,19 +7,24 @@ record.json, whatever happens. Several processes may share a cell (distributed.p
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from pathlib import Path
 
+import torch
+
 from ablate.advantages import advantages
+from ablate.attempts import begin, book_lost, complete_last, read_attempts
 from ablate.geometry import check_devices
-from ablate.record import Record, Status, read_cell, read_metrics, read_spent, write_atomic
+from ablate.record import Failure, Record, Status, read_cell, read_metrics, read_spent, write_atomic
+from ablate.source import InputError
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.collect import collect
 from runners.distributed import join, leave
 from runners.evaluation import evaluate
 from runners.export import export
-from runners.provenance import note_attempt, provenance
+from runners.provenance import provenance, this_attempt
 from runners.rewards import RewardUnavailable
 from runners.run import Diverged, Run, rewards_of, set_up
 from runners.stopping import stop_requests
@@ -33,21 +38,20 @@ def train_cell(folder: Path) -> Record:
     """
     cell, world = read_cell(folder), join()
     check_devices(cell.recipe, world.size)
-    attempts = note_attempt(folder) if world.main else 0
     if world.main:
-        for name in ("traceback.txt", "record.json"):  # of an attempt before
-            (folder / name).unlink(missing_ok=True)
-    attempts = world.everyone(attempts)[0]  # nobody goes on, and nobody fails, before
-    lines = read_metrics(folder)
+        begin(folder, this_attempt(world.size))
+        (folder / "traceback.txt").unlink(missing_ok=True)  # of an attempt before
+    world.everyone(None)  # nobody goes on, and nobody fails, before
+    attempts, lines = read_attempts(folder), read_metrics(folder)
     progress = Progress(epoch=lines[-1]["epoch"] if lines else 0, cost=read_spent(folder))  # until it is restored
-    status, message = Status.FAILED, ""
+    status, failure, message = Status.FAILED, None, ""
     identities: dict[str, str] = {}
     interrupted: list[float] = []
     writes = world.main
     try:
         with stop_requests(at_once=2) as interrupted:
             identities = {name: reward.identity for name, reward in rewards_of(cell.recipe)[0].rewards.items()}
-            run = set_up(folder, cell, world=world)
+            run = set_up(folder, cell, world=world, halvings=attempts[-1].halvings)
             progress, identities = run.progress, run.identities
             status = Status.DONE if _train(run, interrupted) else Status.INTERRUPTED
             if status.final and cell.recipe.export_weights and world.main:
@@ -64,16 +68,17 @@ def train_cell(folder: Path) -> Record:
         if interrupted:  # and the others have ended
             status = Status.INTERRUPTED
         else:
-            status, message = Status.FAILED, f"{type(error).__name__}: {error}"
+            status, failure, message = Status.FAILED, _kind(error), f"{type(error).__name__}: {error}"
             writes = _first_to_fail(folder)
     evaluated = [line for line in read_metrics(folder) if "eval/score" in line]
     last = evaluated[-1] if evaluated else {}
     record = Record(
         id=cell.id,
         status=status,
+        failure=failure,
         message=message.splitlines()[-1] if message else "",
         seed=cell.seed,
-        attempts=attempts,
+        attempts=len(attempts),
         epochs=progress.epoch,
         cost=progress.cost,
         metrics={k: v for k, v in last.items() if k.startswith("eval/")},
@@ -81,10 +86,18 @@ def train_cell(folder: Path) -> Record:
         provenance=provenance(world.size),
     )
     if writes:
+        book_lost(folder, progress.cost.lost)
+        complete_last(folder, ended=time.time(), exit_code=int(not status.final), status=status, failure=failure)
         write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
         if status.final:
             checkpoint.discard(folder)
     return record
+
+
+def _kind(error: Exception) -> Failure:
+    if isinstance(error, torch.OutOfMemoryError):
+        return Failure.OUT_OF_MEMORY
+    return Failure.BAD_CONFIG if isinstance(error, InputError) else Failure.ERROR
 
 
 def _first_to_fail(folder: Path) -> bool:

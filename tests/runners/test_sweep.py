@@ -29,8 +29,11 @@ from ablate.source import InputError
 from runners import live, stopping, sweep
 from runners.cell_state import CellState, state_of
 from runners.identity import identify
+from runners.launchers import local
+from runners.launchers import processes as cell_processes
+from runners.launchers.local import LocalLauncher, check_gpus
 from runners.live import live_table
-from runners.sweep import check_gpus, freeze, in_order, run_cells
+from runners.sweep import freeze, in_order, run_cells
 
 GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
 NUM_EPOCHS = 8
@@ -128,12 +131,12 @@ class Story:
         out, err = process.communicate(timeout=120)
         self.note(process.returncode, out, err)
 
-    def here(self) -> None:
+    def here(self, *options: str) -> None:
         """A run from this process, which has imported torch already; cells have processes of their own as ever."""
         out, err, code = io.StringIO(), io.StringIO(), 0
         with (
             mock.patch.dict(os.environ, ENVIRONMENT),
-            mock.patch.object(sys, "argv", ["ablate", *self.words]),
+            mock.patch.object(sys, "argv", ["ablate", *self.words, *options]),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
@@ -158,7 +161,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     story.interrupted()
     killer = threading.Thread(target=kill)
     killer.start()
-    story.here()
+    story.here("--attempts", "1")
     killer.join()
     story.here()
     return story
@@ -226,7 +229,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 def test_a_finished_grid_starts_nothing(story: Story, ablate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "_start", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr(LocalLauncher, "submit", lambda *_: pytest.fail("a process was started"))
     code, out, _ = ablate("run", *OPTIONS, "--results", story.folder.parent, "--no-tracking")
     assert code == 0
     assert "2 cells: 2 done" in out
@@ -394,7 +397,7 @@ def test_a_stop_does_not_wait_for_a_process_that_waits_for_one_that_failed(
 ) -> None:
     body = 'trap "" TERM; if [ $RANK = 1 ]; then trap "exit 3" TERM; fi; touch "$4/ready-$RANK"'
     script(folder / "fake", f"{body}; for i in $(seq 400); do sleep 0.05; done", monkeypatch)
-    monkeypatch.setattr(sweep, "PATIENCE", 0.1)
+    monkeypatch.setattr(cell_processes, "PATIENCE", 0.1)
     signals_once_ready(folder, signal.SIGTERM)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -513,7 +516,7 @@ def test_the_processes_of_a_cell_know_each_other_and_their_devices(
     script(folder / "fake", f'echo "{words}" > "$4/rank-$RANK"; echo $MASTER_PORT > "$4/port-$RANK"', monkeypatch)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(sweep, "_gpus", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setattr(local, "visible_gpus", lambda: ["0", "1", "2", "3"])
     run_cells(folder, [FIRST, SECOND], workers=2, processes=2, console=console())
     for cell, devices in ((FIRST, "0,1"), (SECOND, "2,3")):
         told = [(folder / cell.id / f"rank-{rank}").read_text().strip() for rank in (0, 1)]
@@ -523,7 +526,7 @@ def test_the_processes_of_a_cell_know_each_other_and_their_devices(
 
 def test_where_one_process_fails_the_others_end_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(folder / "fake", 'if [ "$RANK" = 1 ]; then echo no luck; exit 3; fi; exec sleep 600', monkeypatch)
-    monkeypatch.setattr(sweep, "PATIENCE", 0.1)
+    monkeypatch.setattr(cell_processes, "PATIENCE", 0.1)
     (state,) = run_cells(folder, [FIRST], processes=2, console=console())
     assert state.status == "failed"
 
@@ -542,7 +545,7 @@ def test_a_record_names_the_process_that_was_killed_and_not_who_missed_it(
 
 def test_a_process_that_is_ended_here_is_not_the_one_at_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(folder / "fake", 'if [ "$RANK" = 1 ]; then echo no luck; exit 3; fi; exec sleep 600', monkeypatch)
-    monkeypatch.setattr(sweep, "PATIENCE", 0.1)
+    monkeypatch.setattr(cell_processes, "PATIENCE", 0.1)
     (state,) = run_cells(folder, [FIRST], processes=2, console=console())
     assert state.message == "process 1 of 2: exit code 3: no luck"
 
@@ -588,7 +591,7 @@ def test_more_processes_than_gpus_are_refused(
 def test_the_command_line_refuses_more_processes_than_gpus_before_it_writes(
     tmp_path: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(local, "visible_gpus", lambda: ["0", "1"])
     words = ["run", str(GRID), "--results", tmp_path / "r", "--no-tracking", "--processes", "3"]
     code, out, error = ablate(*words, "--set", "rollout.num_groups=24", "--set", "update.updates_per_epoch=2")
     assert (code, out, len(error.splitlines())) == (2, "", 1)

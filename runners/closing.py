@@ -1,0 +1,90 @@
+"""What a launcher's word adds to a cell's folder, once the cell has ended: a record and the end of its attempt."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ablate.attempts import Attempt, complete, read_attempts, write_attempts
+from ablate.lock import Taken, lock
+from ablate.plan import Cell
+from ablate.record import Failure, Record, Status, read_record, write_atomic
+from runners.cell import finished
+from runners.launchers.protocol import Ended
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a cell's folder held when the cell was handed over."""
+
+    attempts: int
+    stamp: tuple[int, int] | None  # of its record
+    time: float  # seconds since 1970
+
+    @classmethod
+    def of(cls, folder: Path) -> Before:
+        return cls(len(read_attempts(folder)), _stamp(folder), time.time())
+
+
+def close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: bool = False) -> Record | None:
+    """The record of a cell that has ended, written where the cell could not; None if another process has the cell.
+
+    `stopped`: it ended as it was asked to.
+    """
+    if not ended.started:
+        return None
+    try:
+        with lock(folder):
+            return _close(folder, cell, ended, before, stopped=stopped)
+    except Taken:  # another launcher was faster
+        return None
+
+
+def _close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: bool) -> Record:
+    if done := finished(folder):  # by whomever
+        return done
+    written = read_record(folder) if _stamp(folder) != before.stamp else None
+    attempts = read_attempts(folder)
+    if len(attempts) == before.attempts:  # it could not even note that it started
+        attempts.append(Attempt(started=before.time, host=platform.node()))
+    if written is None:
+        status = Status.INTERRUPTED if stopped else Status.FAILED
+        message = "" if stopped else _message(folder, ended)
+        record = Record(id=folder.name, status=status, message=message, seed=cell.seed)
+        record = record.model_copy(update={"failure": None if stopped else _kind(ended)})
+    elif written.status is Status.FAILED and ended.code < 0 and not stopped:  # written for want of the one killed
+        record = written.model_copy(update={"message": ended.reason, "failure": Failure.KILLED})
+    else:
+        return written
+    found: dict[str, Any] = {"status": record.status, "failure": record.failure, "signal": ended.signal}
+    found["exit_code"] = ended.code if ended.code >= 0 and not ended.node_lost else None
+    attempts[-1] = complete(attempts[-1], ended=time.time(), **found)
+    write_attempts(folder, attempts)
+    record = record.model_copy(update={"attempts": len(attempts)})
+    write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
+    return record
+
+
+def _kind(ended: Ended) -> Failure:
+    if ended.node_lost:
+        return Failure.NODE_LOST
+    if ended.code < 0:
+        return Failure.KILLED
+    return Failure.BAD_CONFIG if ended.code == 2 else Failure.ERROR  # 2: `ablate` refuses its input
+
+
+def _message(folder: Path, ended: Ended) -> str:
+    log = folder / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return f"{ended.reason}: {lines[-1]}" if lines and ended.code > 0 else ended.reason
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = (folder / "record.json").stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_ino

@@ -1,0 +1,110 @@
+"""Cells as tasks of a Ray cluster, one each: Ray finds GPUs and cores for them, and starts those again whose worker or
+node is lost.
+
+Of Ray there is the core alone. Results must lie on a disk that all nodes share.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ablate.attempts import read_attempts
+from ablate.source import InputError
+from runners.launchers import check_settings
+from runners.launchers.processes import environments, start
+from runners.launchers.protocol import Ended, Job
+
+SETTINGS = {"address": str, "gpus": int, "cpus": int}
+
+
+class RayLauncher:
+    """One task per cell, with as many GPUs as it has processes if the cluster has any.
+
+    `settings`: `address` of a cluster, by default RAY_ADDRESS or one of this machine alone; `gpus` and `cpus` per cell.
+    """
+
+    def __init__(self, workers: int | None, processes: int, settings: Mapping[str, Any], attempts: int) -> None:
+        check_settings(settings, SETTINGS)
+        self.ray = _ray()
+        self.places, self.processes = workers or sys.maxsize, processes
+        address = settings.get("address") or os.environ.get("RAY_ADDRESS") or "local"
+        alone: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        try:
+            self.ray.init(address=address, log_to_driver=False, **alone)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(f"--launcher ray: no cluster at {address}: {str(error).splitlines()[0]}") from None
+        there = self.ray.cluster_resources()
+        self.gpus = settings.get("gpus", processes if there.get("GPU") else 0)
+        self.cpus = settings.get("cpus", processes)
+        for name, wanted in (("GPU", self.gpus), ("CPU", self.cpus)):
+            if wanted > max(node["Resources"].get(name, 0) for node in self.ray.nodes() if node["Alive"]):
+                self.close()
+                raise InputError(f"--launcher ray: a cell needs {wanted} {name}s, which no node of {address} has")
+        self.task = self.ray.remote(run_task).options(
+            num_gpus=self.gpus, num_cpus=self.cpus, max_retries=attempts - 1, max_calls=1
+        )
+
+    def submit(self, folders: Sequence[Path]) -> list[Job]:
+        return [self._submit(folder.resolve()) for folder in folders]
+
+    def close(self) -> None:
+        self.ray.shutdown()
+
+    def _submit(self, folder: Path) -> RayJob:
+        task = self.task.options(name=folder.name)
+        return RayJob(self.ray, task.remote(str(folder), os.getcwd(), self.processes, self.cpus), folder)
+
+
+class RayJob:
+    """A task."""
+
+    def __init__(self, ray: Any, reference: Any, folder: Path) -> None:
+        self.ray, self.reference, self.folder = ray, reference, folder
+        self.starts = len(read_attempts(folder))
+
+    def poll(self) -> Ended | None:
+        if not self.ray.wait([self.reference], timeout=0)[0]:
+            return None
+        try:
+            code, rank, size = self.ray.get(self.reference)
+        except self.ray.exceptions.TaskCancelledError:
+            return Ended(started=len(read_attempts(self.folder)) > self.starts)
+        except self.ray.exceptions.RayError as error:
+            return Ended(node_lost=f"its worker or node was lost: {str(error).strip().splitlines()[0]}")
+        return Ended(code=code, rank=rank, size=size)
+
+    def cancel(self, *, force: bool = False) -> None:
+        self.ray.cancel(self.reference, force=force)
+
+
+def run_task(folder: str, where: str, processes: int, cpus: int) -> tuple[int, int, int]:
+    """On a node: the processes of a cell, until they have ended; exit code, rank at fault, number of processes.
+
+    Ray's request to cancel comes as a KeyboardInterrupt, and is passed on. They are killed if the worker is.
+    """
+    if Path(where).is_dir():
+        os.chdir(where)  # for components of the user's own
+    cell = start(Path(folder), environments(processes, threads=max(1, cpus // processes)), tied=True)
+    while True:
+        try:
+            while (ended := cell.poll()) is None:
+                time.sleep(0.2)
+            return ended.code, ended.rank, ended.size
+        except KeyboardInterrupt:
+            cell.cancel()
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray  # noqa: PLC0415
+        import ray.exceptions  # noqa: PLC0415
+    except ImportError:
+        raise InputError("--launcher ray: Ray is not installed; pip install 'ablate[ray]'") from None
+    return ray
