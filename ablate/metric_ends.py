@@ -57,9 +57,7 @@ def _ends_of(lines: Sequence[dict[str, Any]]) -> Ends:
 
     if not lines:
         return Ends()
-    return Ends(
-        first=lines[0], last=lines[-1], evaluated=last_with("eval/score"), trained=last_with("rollout/score")
-    )
+    return Ends(first=lines[0], last=lines[-1], evaluated=last_with("eval/score"), trained=last_with("rollout/score"))
 
 
 def _from_the_end(file: BinaryIO) -> Iterator[bytes]:

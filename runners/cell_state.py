@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from ablate.attempts import read_attempts
 from ablate.lock import is_locked
 from ablate.metric_ends import Ends, read_ends
 from ablate.plan import Cell
-from ablate.record import Ledger, Record, Status, read_cell, read_json, read_record
+from ablate.record import Ledger, Record, Status, last_record, read_cell, read_json
 from ablate.source import InputError
 
 REMEMBERED = 1 << 15  # files whose content is kept, a few hundred bytes each
@@ -23,15 +25,17 @@ class CellState:
 
     cell: Cell
     status: str  # a Status, `running` or `waiting`
-    message: str = ""
+    failure: str | None = None  # the kind of the last failure, of an attempt before this one too
+    message: str = ""  # the last line of the last error
     epoch: int = 0
     device_hours: float = 0.0
+    lost_device_hours: float = 0.0  # of work that had to be done again
     reward: float | None = None
     base_accuracy: float | None = None
     accuracy: float | None = None
     fraction: float = 0.0  # of the budget
     attempts: int = 0
-    seconds: float = 0.0  # seconds x devices of all work so far, evaluation and checkpoints included
+    left: float | None = None  # seconds to its end at the pace so far; None where it does not run, or has no pace yet
 
     @property
     def finished(self) -> bool:
@@ -40,34 +44,44 @@ class CellState:
 
     @property
     def failed(self) -> bool:
-        """Whether the cell has ended otherwise than it should, or never comes to a result."""
+        """Whether the cell has ended otherwise than it should."""
         return self.status in (Status.FAILED, Status.REWARD_UNAVAILABLE, Status.DIVERGED)
+
+    def to_json(self) -> dict[str, Any]:
+        """What scripts read: `ablate status --json`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cell"}
+        return {"id": self.cell.id, **values}
 
 
 def state_of(results: Path, cell: Cell) -> CellState:
-    """Read a cell's state from its folder."""
+    """Read a cell's state from its folder. Raises InputError for a damaged file."""
     folder = results / cell.id
-    record = _record(folder, _stamp(folder / "record.json"))
+    attempts = _attempts(folder, _stamp(folder / "attempts.jsonl"))
+    last = _record(folder, _stamp(folder / "record.json"))
+    record = last if last and (last.status.final or attempts.number <= last.attempts) else None
     ends = _ends(folder, _stamp(folder / "metrics.jsonl"))
     status = str(record.status) if record else "running" if is_locked(folder) else "waiting"
-    if record is None and ends.last and status == "waiting":
+    if status == "waiting" and (ends.last or attempts.number):
         status = str(Status.INTERRUPTED)
     epoch, hours = ends.last.get("epoch", 0), ends.last.get("device_hours", 0.0)
     budget = cell.recipe.budget
     fractions = [spent / limit for spent, limit in ((epoch, budget.epochs), (hours, budget.device_hours)) if limit]
-    cost = Ledger.of_line(ends.last)
+    fraction = 1.0 if record and record.status.final else min(1.0, max(fractions, default=0.0))
+    cost = record.cost if record else Ledger.of_line(ends.last)
     return CellState(
         cell=cell,
         status=status,
-        message=record.message if record else "",
+        failure=str(last.failure) if last and last.failure else None,
+        message=last.message if last else "",
         epoch=epoch,
         device_hours=hours,
+        lost_device_hours=cost.lost / 3600,
         reward=ends.trained.get("rollout/score"),
         base_accuracy=_held_out(ends.first),
         accuracy=_held_out(ends.evaluated),
-        fraction=1.0 if record and record.status.final else min(1.0, max(fractions, default=0.0)),
-        attempts=_attempts(folder, _stamp(folder / "attempts.jsonl")),
-        seconds=cost.work + cost.checkpoint,
+        fraction=fraction,
+        attempts=attempts.number,
+        left=_left(cost, fraction, attempts.processes) if status == "running" else None,
     )
 
 
@@ -76,6 +90,11 @@ def planned_cells(results: Path) -> list[Cell]:
     if not (results / "plan.json").exists():
         raise InputError(f"{results}: not a results folder, it has no plan.json; `ablate run GRID` writes one")
     return [read_cell(results / cell["id"]) for cell in read_json(results / "plan.json")["cells"]]
+
+
+def _left(cost: Ledger, fraction: float, processes: int) -> float | None:
+    """Seconds to the end, if the rest of the budget costs what the part that is spent has cost, checkpoints included."""
+    return (cost.work + cost.checkpoint) / processes * (1 - fraction) / fraction if fraction else None
 
 
 def _held_out(line: dict[str, float]) -> float | None:
@@ -90,9 +109,17 @@ def _stamp(path: Path) -> Stamp:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
+@dataclass(frozen=True)
+class _Attempts:
+    """The starts of a cell."""
+
+    number: int = 0
+    processes: int = 1  # of the last
+
+
 @lru_cache(maxsize=REMEMBERED)
 def _record(folder: Path, stamp: Stamp) -> Record | None:
-    return read_record(folder) if stamp else None
+    return last_record(folder) if stamp else None
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -101,5 +128,6 @@ def _ends(folder: Path, stamp: Stamp) -> Ends:
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _attempts(folder: Path, stamp: Stamp) -> int:
-    return (folder / "attempts.jsonl").read_bytes().count(b"\n") if stamp else 0
+def _attempts(folder: Path, stamp: Stamp) -> _Attempts:
+    attempts = read_attempts(folder) if stamp else []
+    return _Attempts(len(attempts), len(attempts[-1].devices) or 1) if attempts else _Attempts()

@@ -1,7 +1,7 @@
 """How `plan`, `status` and `report` grow with the number of cells, on records that are made up, not trained.
 
-    python tests/scale.py                  10, 100, 1000 and 3000 cells, each command in a process of its own
-    python tests/scale.py 500 --epochs 200
+python tests/scale.py                  10, 100, 1000 and 3000 cells, each command in a process of its own
+python tests/scale.py 500 --epochs 200
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def _fill(folder: Path, cell: Cell, status: Status, num_epochs: int) -> None:
     """The files that a cell leaves behind; its curve rises from 0.3 to a value of its own."""
     draw = random.Random(cell.id)
     end = draw.uniform(0.35, 0.8)
-    lines = [_line(epoch, 0.3 + (end - 0.3) * (1 - math.exp(-4 * epoch / num_epochs))) for epoch in range(num_epochs + 1)]
+    lines = [
+        _line(epoch, 0.3 + (end - 0.3) * (1 - math.exp(-4 * epoch / num_epochs))) for epoch in range(num_epochs + 1)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "attempts.jsonl").write_text(json.dumps({"started": 1.7e9, "host": "node"}) + "\n")
     (folder / "log.txt").write_text(f"{cell.id} {status}\n")
@@ -123,9 +125,7 @@ def measure(*words: object) -> Measured:
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(code)
         out.seek(0)
-        return Measured(
-            seconds=seconds, peak_bytes=usage.ru_maxrss * 1024, code=process.returncode, out=out.read()
-        )
+        return Measured(seconds=seconds, peak_bytes=usage.ru_maxrss * 1024, code=process.returncode, out=out.read())
 
 
 def main() -> None:
