@@ -245,10 +245,7 @@ def status(
         _, whole, planned = _planned(grid, settings, only, seeds)
         folder, cells, known = results / planned.grid, list(planned.cells), {cell.id for cell in whole.cells}
     console = _console()
-    if watch:
-        states = show_until_done(console, folder, cells)
-    else:
-        states = [state_of(folder, cell) for cell in cells]
+    states = show_until_done(console, folder, cells) if watch else [state_of(folder, cell) for cell in cells]
     others = {path.parent.name for path in folder.glob("*/record.json")} - known
     done = all(state.finished for state in states)
     if as_json:
@@ -347,7 +344,7 @@ def clean(
     elif not yes:
         typer.echo("Nothing was deleted; --yes deletes these.")
     elif left := remove(found):
-        typer.echo(f"{counted(len(left), 'entry', 'entries')} left, as their cells run now")
+        typer.echo(f"{len(left)} of these stay, as their cells run now")
 
 
 @app.command()

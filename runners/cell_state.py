@@ -93,7 +93,7 @@ def planned_cells(results: Path) -> list[Cell]:
 
 
 def _left(cost: Ledger, fraction: float, processes: int) -> float | None:
-    """Seconds to the end, if the rest of the budget costs what the part that is spent has cost, checkpoints included."""
+    """Seconds to the end, if the rest of the budget costs as much per part of it as what is spent."""
     return (cost.work + cost.checkpoint) / processes * (1 - fraction) / fraction if fraction else None
 
 
