@@ -354,11 +354,15 @@ def report(
     target: Annotated[
         float | None, typer.Option(help="Held-out value that times are taken to; by default half of the best gain")
     ] = None,
+    full: Annotated[
+        bool | None,
+        typer.Option("--full/--brief", help="All, or table and overview alone; by default brief above 500 cells"),
+    ] = None,
 ) -> None:
     """Draw figures and tables from a grid's results; needs no GPU, torch or server."""
     from analysis.report import write_report
 
-    for path in write_report(results, out, target):
+    for path in write_report(results, out, target, brief=None if full is None else not full):
         typer.echo(path)
 
 

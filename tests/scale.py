@@ -133,7 +133,9 @@ def main() -> None:
     parser.add_argument("cells", nargs="*", type=int, default=list(SHAPES))
     parser.add_argument("--epochs", type=int, default=100)
     options = parser.parse_args()
-    print("| cells | `plan` | `status GRID` | `status RESULTS` | `report` |\n|---|---|---|---|---|")
+    print(
+        "| cells | `plan` | `status GRID` | `status RESULTS` | `report` | `report --full` |\n|---|---|---|---|---|---|"
+    )
     for number in options.cells:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -145,6 +147,7 @@ def main() -> None:
                 ("status", grid, "--results", folder / "results"),
                 ("status", results),
                 ("report", results),
+                ("report", results, "--full"),
             ]
             found = [measure(*words) for words in commands]
             shown = " | ".join(f"{one.seconds:.1f} s, {one.peak_bytes / 2**20:.0f} MiB" for one in found)
