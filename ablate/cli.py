@@ -221,7 +221,7 @@ def run(
         link = compare_link(tracking_uri or "", mirror.summary.experiment_id, list(mirror.summary.runs.values()))
         console.print(f"Compare the runs:   {server_command(folder, tracking_uri)}", soft_wrap=True)
         console.print(f"                    {link}", soft_wrap=True, highlight=False)
-    if any(state.status not in ("done", "diverged") for state in states):
+    if not all(state.finished for state in states):
         raise SystemExit(1)
 
 
@@ -247,22 +247,131 @@ def cell(
 
 @app.command()
 def status(
-    grid: GridPath,
+    grid: Annotated[Path, typer.Argument(help="A grid file, or its results", metavar="GRID|RESULTS")],
     settings: Settings = None,
     only: Only = None,
     seeds: Seeds = None,
     results: Results = RESULTS,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until all cells are done")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output")] = False,
     _plugins: Plugins = False,
 ) -> None:
-    """Show how far a grid's cells are."""
+    """Show how far a grid's cells are; exit code 0 if all of them are done, else 1."""
+    from runners.cell_state import planned_cells, state_of
     from runners.live import live_table
+    from runners.live import watch as show_until_done
 
-    _, whole, planned = _planned(grid, settings, only, seeds)
-    console, folder = _console(), results / planned.grid
-    console.print(live_table(console, folder, planned.cells, rows=len(planned.cells)))
-    others = {path.parent.name for path in folder.glob("*/record.json")} - {cell.id for cell in whole.cells}
-    if others:
+    if watch and as_json:
+        raise InputError("--watch and --json: expected one of them")
+    if grid.is_dir():
+        if settings or only or seeds is not None:
+            raise InputError(f"{grid}: --set, --only and --seeds choose cells of a grid file, and this is a folder")
+        folder, cells = grid, planned_cells(grid)
+        known = {cell.id for cell in cells}
+    else:
+        _, whole, planned = _planned(grid, settings, only, seeds)
+        folder, cells, known = results / planned.grid, list(planned.cells), {cell.id for cell in whole.cells}
+    console = _console()
+    states = show_until_done(console, folder, cells) if watch else [state_of(folder, cell) for cell in cells]
+    others = {path.parent.name for path in folder.glob("*/record.json")} - known
+    done = all(state.finished for state in states)
+    if as_json:
+        found = {"folder": str(folder), "done": done, "cells": [state.to_json() for state in states]}
+        typer.echo(json.dumps({**found, "others": sorted(others)}, indent=1))
+    elif not watch:
+        console.print(live_table(console, states, rows=None))
+    if others and not as_json:
         console.print(f"{len(others)} other cells in {folder} have run with other settings (--set, or an older grid).")
+    raise SystemExit(0 if done else 1)
+
+
+CellName = Annotated[str, typer.Argument(help="A cell's id, the start of one, or its folder", metavar="CELL")]
+GridOrCell = Annotated[
+    str, typer.Argument(help="A grid's file, name or results, or a cell's id or folder", metavar="GRID|CELL")
+]
+
+
+@app.command()
+def logs(
+    cell: CellName,
+    lines: Annotated[int | None, typer.Option(min=1, help="The last ones only", metavar="N")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the cell has ended")] = False,
+    results: Results = RESULTS,
+) -> None:
+    """Print what a cell's processes have printed, and its traceback if it failed."""
+    from runners.chosen import find_cell
+    from runners.logs import read_log
+
+    try:
+        for text in read_log(find_cell(cell, results), lines=lines, follow=follow):
+            typer.echo(text, nl=False)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+@app.command()
+def stop(what: GridOrCell, results: Results = RESULTS) -> None:
+    """Ask running cells, on any machine, to save themselves and end after their epoch; of a grid, its `run` too."""
+    from runners.chosen import choose
+    from runners.stop_files import ask_cell, ask_launchers
+
+    chosen = choose(what, results)
+    if chosen.whole:
+        ask_launchers(chosen.results)
+    number = 0
+    for folder in chosen.cells:
+        if found := ask_cell(folder):
+            number += 1
+            typer.echo(f"{folder.name}: asked process {found['pid']} on {found['host']}")
+    typer.echo(f"{counted(number, 'cell')} asked to stop" if number else f"{what}: no cell is running")
+
+
+@app.command()
+def retry(what: GridOrCell, results: Results = RESULTS) -> None:
+    """Let failed cells start anew with the next `run`; what they had is kept beside, what they spent counts as lost.
+
+    Without it, `run` continues failed cells from their checkpoints. A diverged cell starts anew only if it is named.
+    """
+    from ablate.lock import Taken
+    from runners.anew import failed_cells, start_anew
+    from runners.chosen import choose
+
+    chosen = choose(what, results)
+    failed = failed_cells(chosen.cells, diverged=not chosen.whole)
+    for folder in failed:
+        try:
+            typer.echo(f"{folder.name}: starts anew with the next `ablate run`; it had {start_anew(folder)}")
+        except Taken as error:
+            typer.echo(str(error))
+    if not failed:
+        typer.echo(f"{what}: no cell has failed")
+
+
+@app.command()
+def clean(
+    what: GridOrCell,
+    strays: Annotated[
+        bool, typer.Option("--strays", help="Also the cells that the plan does not hold, with their results")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete it")] = False,
+    results: Results = RESULTS,
+) -> None:
+    """Show what results no longer need, such as what `retry` has set aside; delete it with --yes."""
+    from ablate.record import read_json
+    from runners.chosen import choose
+    from runners.cleaning import leftovers, remove
+
+    chosen = choose(what, results)
+    planned = {cell["id"] for cell in read_json(chosen.results / "plan.json")["cells"]}
+    found = leftovers(chosen.cells, [folder for folder in chosen.cells if strays and folder.name not in planned])
+    for leftover in found:
+        typer.echo(f"{leftover.size / 2**20:9.1f} MiB  {leftover.path} ({leftover.why})")
+    if not found:
+        typer.echo(f"{what}: nothing is left over")
+    elif not yes:
+        typer.echo("Nothing was deleted; --yes deletes these.")
+    elif left := remove(found):
+        typer.echo(f"{len(left)} of these stay, as their cells run now")
 
 
 @app.command()
@@ -272,11 +381,15 @@ def report(
     target: Annotated[
         float | None, typer.Option(help="Held-out value that times are taken to; by default half of the best gain")
     ] = None,
+    full: Annotated[
+        bool | None,
+        typer.Option("--full/--brief", help="All, or table and overview alone; by default brief above 500 cells"),
+    ] = None,
 ) -> None:
     """Draw figures and tables from a grid's results; needs no GPU, torch or server."""
     from analysis.report import write_report
 
-    for path in write_report(results, out, target):
+    for path in write_report(results, out, target, brief=None if full is None else not full):
         typer.echo(path)
 
 

@@ -193,11 +193,14 @@ def read_record(folder: Path) -> Record | None:
 
     Raises InputError for one that is damaged or of another version.
     """
+    record = last_record(folder)
+    return record if record and (record.status.final or _starts(folder) <= record.attempts) else None
+
+
+def last_record(folder: Path) -> Record | None:
+    """The record that a cell's last end has left, even where the cell has been started since; raises as read_record."""
     path = folder / "record.json"
-    if not path.exists():
-        return None
-    record = _validated(Record, path)
-    return record if record.status.final or _starts(folder) <= record.attempts else None
+    return _validated(Record, path) if path.exists() else None
 
 
 def _starts(folder: Path) -> int:

@@ -53,8 +53,9 @@ def summary(cells: pd.DataFrame, metrics: pd.DataFrame, metric: str) -> pd.DataF
     """
     results = finals(cells, metrics, metric)
     rows, found = [], []
+    by_configuration = dict(list(results.groupby("configuration", sort=False)))
     for key, group in cells.groupby(GROUP, sort=False):
-        own = results[results["id"].isin(group["id"])]
+        own = by_configuration.get(key[-1], results[:0])
         counts = group["status"].value_counts()
         row: dict[str, object] = dict(zip(GROUP, key, strict=True))
         row |= {"planned": len(group), "n": len(own), "base": own["base"].mean()}

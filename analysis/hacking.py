@@ -37,8 +37,10 @@ def panel(metrics: pd.DataFrame) -> list[str]:
 def changes(cells: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
     """A row per finished cell and measure of the panel, with `falls`, `rises`, and what they are compared with."""
     names = panel(metrics)
+    if not names:
+        return pd.DataFrame(columns=_COLUMNS)
     rewards = _rises(cells, metrics)
-    threshold = stats.norm.isf(0.025 / max(len(names), 1))
+    threshold = stats.norm.isf(0.025 / len(names))
     frames = []
     for name in names:
         ends = effects.finals(cells, metrics, PANEL + name)
@@ -48,8 +50,6 @@ def changes(cells: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
         noise = np.where(variance > 0, np.sqrt(variance), np.nan)
         frame = ends.assign(measure=name, change=ends["gain"], noise=noise)
         frames.append(frame.assign(falls=frame["change"] < -threshold * noise))
-    if not frames:
-        return pd.DataFrame(columns=_COLUMNS)
     return pd.concat(frames, ignore_index=True).merge(rewards, on="id", how="left")[_COLUMNS]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import pandas as pd
@@ -26,6 +27,7 @@ STATUSES = (
 PHASES = Ledger.phases()
 _CELLS = ["id", *KEYS, "configuration", "seed", "status", "message", "attempts", "device", "num_prompts"]
 _CELLS += ["model", "reward"]
+_READ = ("eval/", "rollout/score")  # how the metrics begin that reports read, of many more that are logged
 _METRICS = ["id", "epoch", "device_hours", "nfe", "metric", "value"]
 
 
@@ -62,9 +64,7 @@ def load(folder: Path) -> Results:
             [_cell(cell, names[cell.id], folder / cell.id) for cell in plan.cells],
             columns=[*_CELLS, *fields, *(f"cost/{phase}" for phase in PHASES)],
         ),
-        metrics=pd.DataFrame(
-            [row for cell in plan.cells for row in _metrics(cell.id, folder / cell.id)], columns=_METRICS
-        ).astype({"epoch": int, "device_hours": float, "nfe": float, "value": float}),
+        metrics=_metrics(plan.cells, folder),
         excluded=pd.DataFrame([_excluded(e) for e in plan.excluded], columns=[*KEYS, "reason"]),
         order=plan.order,
         recipe_axes=fields,
@@ -147,8 +147,23 @@ def _ending(record: Record | None, folder: Path) -> dict[str, Any]:
     }
 
 
-def _metrics(cell: str, folder: Path) -> list[dict[str, Any]]:
-    """Rows of a cell. A resumed cell writes epochs again: an epoch replaces all that was written from it on."""
+def _metrics(cells: Iterable[PlannedCell], folder: Path) -> pd.DataFrame:
+    """Rows of all cells, of the metrics that reports read. Columns are filled one cell at a time, so that lines need
+    not be in memory together.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in _METRICS}
+    for cell in cells:
+        for line in _lines(folder / cell.id):
+            for name, value in line.items():
+                if name.startswith(_READ) and isinstance(value, int | float):
+                    place = (cell.id, *(line[key] for key in _METRICS[1:4]), intern(name), float(value))
+                    for column, found in zip(_METRICS, place, strict=True):
+                        columns[column].append(found)
+    return pd.DataFrame(columns).astype({"epoch": int, "device_hours": float, "nfe": float, "value": float})
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a cell. A resumed cell writes epochs again: an epoch replaces all that was written from it on."""
     kept: list[dict[str, Any]] = []
     for number, line in enumerate(read_metrics(folder), start=1):
         if missing := [key for key in _METRICS[1:4] if key not in line]:
@@ -156,12 +171,7 @@ def _metrics(cell: str, folder: Path) -> list[dict[str, Any]]:
         while kept and kept[-1]["epoch"] >= line["epoch"]:
             kept.pop()
         kept.append(line)
-    return [
-        {"id": cell, **{key: line[key] for key in _METRICS[1:4]}, "metric": name, "value": float(value)}
-        for line in kept
-        for name, value in line.items()
-        if "/" in name and isinstance(value, int | float)
-    ]
+    return kept
 
 
 def _excluded(excluded: Excluded) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -17,21 +18,27 @@ from analysis.study import study
 from analysis.style import RC, hours_unit, save
 from analysis.tables import table, text, to_csv, to_latex, to_markdown
 
+LARGE = 500  # cells, above which a report is brief unless it is asked for in full
 
-def write_report(results: Path, out: Path | None = None, target: float | None = None) -> list[Path]:
+
+def write_report(
+    results: Path, out: Path | None = None, target: float | None = None, *, brief: bool | None = None
+) -> list[Path]:
     """Write figures (PNG, PDF), tables (CSV, Markdown, LaTeX), findings.md and index.html to `out`, or results/report/.
 
-    `target` is the value of the first metric that times are taken to. Returns the files written, the page first. Raises
+    `target` is the value of the first metric that times are taken to. `brief`: the table, the overview and the cells
+    that are not done alone, by default of more than LARGE cells. Returns the files written, the page first. Raises
     InputError if `results` is not a results folder.
     """
     loaded = load(results)
     out = out or results / "report"
     out.mkdir(parents=True, exist_ok=True)
     metrics, hours = measured(loaded), hours_unit(loaded)
-    main = study(loaded, metrics[0], hours, target) if metrics else None
+    brief = len(loaded.cells) > LARGE if brief is None else brief
+    main = study(loaded, metrics[0], hours, target) if metrics and not brief else None
     pictures, written = [], []
     with rc_context(RC):
-        for drawing in drawings(loaded, main):
+        for drawing in islice(drawings(loaded, main), 1 if brief else None):
             png, pdf = save(drawing.figure, out / drawing.name)
             pictures.append((png, drawing.caption))
             written += [png, pdf]
@@ -52,12 +59,15 @@ def write_report(results: Path, out: Path | None = None, target: float | None = 
     for c in comparisons:
         names = (f"published-{c.name}.csv", f"published-{c.name}.md", f"published-{c.name}.tex")
         contents |= dict(zip(names, (to_csv(c.numbers), c.markdown(), c.latex()), strict=True))
-    sections = cell_sections(loaded, metrics[0] if metrics else None, hours)
+    sections = _BRIEF if brief else cell_sections(loaded, metrics[0] if metrics else None, hours)
     html = page(loaded, pictures, shown, said=said, tables=more, files=list(contents), sections=sections)
     contents = {"index.html": html, **contents}
     for name, content in contents.items():
         (out / name).write_text(content, encoding="utf-8")
     return [*(out / name for name in contents), *written]
+
+
+_BRIEF = "<p>This report is brief: <code>ablate report --full</code> adds all figures, effects and cells.</p>"
 
 
 def _comparisons(results: Results) -> list[Comparison]:

@@ -1,13 +1,22 @@
-"""How far a cell is, as its folder shows it."""
+"""How far a cell is, as its folder shows it. A file is read again only where it has changed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from ablate.attempts import read_attempts
 from ablate.lock import is_locked
+from ablate.metric_ends import Ends, read_ends
 from ablate.plan import Cell
-from ablate.record import Status, read_metrics, read_record
+from ablate.record import Ledger, Record, Status, last_record, read_cell, read_json
+from ablate.source import InputError
+
+REMEMBERED = 1 << 15  # files whose content is kept, a few hundred bytes each
+
+Stamp = tuple[int, int, int] | None  # what changes with a file: inode, time of change in ns, bytes; None for no file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,39 +25,109 @@ class CellState:
 
     cell: Cell
     status: str  # a Status, `running` or `waiting`
-    message: str = ""
+    failure: str | None = None  # the kind of the last failure, of an attempt before this one too
+    message: str = ""  # the last line of the last error
     epoch: int = 0
     device_hours: float = 0.0
+    lost_device_hours: float = 0.0  # of work that had to be done again
     reward: float | None = None
     base_accuracy: float | None = None
     accuracy: float | None = None
     fraction: float = 0.0  # of the budget
+    attempts: int = 0
+    left: float | None = None  # seconds to its end at the pace so far; None where it does not run, or has no pace yet
+
+    @property
+    def finished(self) -> bool:
+        """Whether the cell is never run again."""
+        return self.status in (Status.DONE, Status.DIVERGED)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the cell has ended otherwise than it should."""
+        return self.status in (Status.FAILED, Status.REWARD_UNAVAILABLE, Status.DIVERGED)
+
+    def to_json(self) -> dict[str, Any]:
+        """What scripts read: `ablate status --json`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cell"}
+        return {"id": self.cell.id, **values}
 
 
 def state_of(results: Path, cell: Cell) -> CellState:
-    """Read a cell's state from its folder."""
+    """Read a cell's state from its folder. Raises InputError for a damaged file."""
     folder = results / cell.id
-    record, lines = read_record(folder), read_metrics(folder)
+    attempts = _attempts(folder, _stamp(folder / "attempts.jsonl"))
+    last = _record(folder, _stamp(folder / "record.json"))
+    record = last if last and (last.status.final or attempts.number <= last.attempts) else None
+    ends = _ends(folder, _stamp(folder / "metrics.jsonl"))
     status = str(record.status) if record else "running" if is_locked(folder) else "waiting"
-    if record is None and lines and status == "waiting":
+    if status == "waiting" and (ends.last or attempts.number):
         status = str(Status.INTERRUPTED)
-    last = lines[-1] if lines else {}
-    measured = [line.get("eval/accuracy", line.get("eval/score")) for line in lines if "eval/score" in line]
-    rewards = [line["rollout/score"] for line in lines if "rollout/score" in line]
+    epoch, hours = ends.last.get("epoch", 0), ends.last.get("device_hours", 0.0)
     budget = cell.recipe.budget
-    fractions = [
-        spent / limit
-        for spent, limit in ((last.get("epoch", 0), budget.epochs), (last.get("device_hours", 0), budget.device_hours))
-        if limit
-    ]
+    fractions = [spent / limit for spent, limit in ((epoch, budget.epochs), (hours, budget.device_hours)) if limit]
+    fraction = 1.0 if record and record.status.final else min(1.0, max(fractions, default=0.0))
+    cost = record.cost if record else Ledger.of_line(ends.last)
     return CellState(
         cell=cell,
         status=status,
-        message=record.message if record else "",
-        epoch=last.get("epoch", 0),
-        device_hours=last.get("device_hours", 0.0),
-        reward=rewards[-1] if rewards else None,
-        base_accuracy=measured[0] if measured else None,
-        accuracy=measured[-1] if measured else None,
-        fraction=1.0 if record and record.status.final else min(1.0, max(fractions, default=0.0)),
+        failure=str(last.failure) if last and last.failure else None,
+        message=last.message if last else "",
+        epoch=epoch,
+        device_hours=hours,
+        lost_device_hours=cost.lost / 3600,
+        reward=ends.trained.get("rollout/score"),
+        base_accuracy=_held_out(ends.first),
+        accuracy=_held_out(ends.evaluated),
+        fraction=fraction,
+        attempts=attempts.number,
+        left=_left(cost, fraction, attempts.processes) if status == "running" else None,
     )
+
+
+def planned_cells(results: Path) -> list[Cell]:
+    """The cells of a results folder by its plan. Raises InputError if it is none, or lacks the folder of a cell."""
+    if not (results / "plan.json").exists():
+        raise InputError(f"{results}: not a results folder, it has no plan.json; `ablate run GRID` writes one")
+    return [read_cell(results / cell["id"]) for cell in read_json(results / "plan.json")["cells"]]
+
+
+def _left(cost: Ledger, fraction: float, processes: int) -> float | None:
+    """Seconds to the end, if the rest of the budget costs as much per part of it as what is spent."""
+    return (cost.work + cost.checkpoint) / processes * (1 - fraction) / fraction if fraction else None
+
+
+def _held_out(line: dict[str, float]) -> float | None:
+    return line.get("eval/accuracy", line.get("eval/score"))
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+@dataclass(frozen=True)
+class _Attempts:
+    """The starts of a cell."""
+
+    number: int = 0
+    processes: int = 1  # of the last
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _record(folder: Path, stamp: Stamp) -> Record | None:
+    return last_record(folder) if stamp else None
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _ends(folder: Path, stamp: Stamp) -> Ends:
+    return read_ends(folder) if stamp else Ends()
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _attempts(folder: Path, stamp: Stamp) -> _Attempts:
+    attempts = read_attempts(folder) if stamp else []
+    return _Attempts(len(attempts), len(attempts[-1].devices) or 1) if attempts else _Attempts()

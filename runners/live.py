@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -18,77 +19,139 @@ from ablate.plan import Cell
 from ablate.source import counted
 from runners.cell_state import CellState, state_of
 
+ROWS = 30  # of a table that is printed again and again; cells that failed are beside it
+BAR = 12  # columns of a progress bar
+PAUSE, LOG_PAUSE = 2, 60  # seconds between looks in a terminal, and in a log
+
+Draw = Callable[[int | None], Any]  # what fits into so many lines; None: all of it
+
 
 @contextlib.contextmanager
-def live(console: Console, draw: Callable[[], Any]) -> Iterator[Callable[[], None]]:
+def live(console: Console, draw: Draw) -> Iterator[Callable[[], None]]:
     """A refresh function: redraws every two seconds in a terminal, and in a log prints the table once a minute."""
-    pause = 2 if console.is_terminal else 60
+    pause = PAUSE if console.is_terminal else LOG_PAUSE
     with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as screen:
 
-        def show() -> None:
+        def show(height: int | None) -> None:
             if screen is None:
-                console.print(draw())
+                console.print(draw(None))
             else:
-                screen.update(draw(), refresh=True)
+                screen.update(draw(height), refresh=True)
 
         last = [time.monotonic()]
 
         def occasionally() -> None:
             if time.monotonic() - last[0] >= pause:
                 last[0] = time.monotonic()
-                show()
+                show(console.height)
 
         yield occasionally
-        show()
+        show(None)
+
+
+def watch(console: Console, results: Path, cells: Sequence[Cell]) -> list[CellState]:
+    """Show cells until all of them are finished; their states then, or when a KeyboardInterrupt comes."""
+
+    def draw(height: int | None) -> Group:
+        return live_table(console, states(), height=height)
+
+    def states() -> list[CellState]:
+        return [state_of(results, cell) for cell in cells]
+
+    with contextlib.suppress(KeyboardInterrupt), live(console, draw) as refresh:
+        if not console.is_terminal:
+            console.print(draw(None))
+        while not all(state.finished for state in states()):
+            refresh()
+            time.sleep(PAUSE / 2)
+    return states()
 
 
 def live_table(
-    console: Console,
-    results: Path,
-    cells: Sequence[Cell],
-    starts: Mapping[str, tuple[float, float]] | None = None,
-    rows: int = 30,
+    console: Console, states: Sequence[CellState], *, rows: int | None = ROWS, height: int | None = None
 ) -> Group:
-    """Cells with epoch, reward, held-out accuracy, device-hours and remaining time; the unfinished ones first.
+    """Cells with epoch, reward, held-out accuracy, device-hours and remaining time, then errors, then a summary.
 
-    `starts`: of the cells that run here, time.monotonic() and the spent share of the budget at their start. A narrow
-    console loses columns, the least important first, and never a part of a word.
+    Cells that have failed come first, with their errors, and unfinished ones next. `rows`: more are not shown, unless
+    they have failed; `height`: as many lines as there are, of which the summary is one. A narrow console loses columns,
+    the least important first, and never a part of a word.
     """
-    states = [state_of(results, cell) for cell in cells]
-    rank = {"running": 0, "failed": 1, "diverged": 1, "interrupted": 2, "done": 3, "waiting": 4}
-    listed = sorted(states, key=lambda s: rank.get(s.status, 2))[:rows]
-    columns: dict[str, Sequence[Any]] = {
-        "cell": [state.cell.id for state in listed],
-        "status": [Text(state.status, style=_STYLES.get(state.status, "dim")) for state in listed],
-        "epoch": [str(state.epoch or "") for state in listed],
-        "reward": ["" if state.reward is None else f"{state.reward:.3f}" for state in listed],
-        "held-out": [_held_out(state) for state in listed],
-        "hours": [f"{state.device_hours:.3f}" if state.device_hours else "" for state in listed],
-        "": [ProgressBar(total=1, completed=state.fraction, width=12) for state in listed],
-        "left": [_left(state, (starts or {}).get(state.cell.id)) for state in listed],
+    ordered = sorted(states, key=_rank)
+    failed = sum(state.failed for state in states)
+    errors = [state for state in ordered if state.message and state.status != "done"]
+    if height is not None:
+        errors = errors[: max(1, height // 2 - 1)]
+        rows = max(1, height - len(errors) - 3)
+    elif rows is not None:
+        rows = max(rows, failed)
+        errors = errors[: max(rows, failed)]
+    listed = ordered[:rows]
+    lines = [_error(state, whole=height is None) for state in errors]
+    return Group(_fitting(_columns(listed), console.width), *lines, _summary(states, len(states) - len(listed)))
+
+
+_STYLES = {"done": "green", "running": "cyan", "interrupted": "yellow", "waiting": "dim"}
+_RANKS = {"running": 1, "interrupted": 2, "done": 3, "waiting": 4}
+_DROPPED = ("", "attempts", "reward", "hours", "left")  # columns, the first of which is dropped first
+
+
+def _rank(state: CellState) -> int:
+    return _RANKS.get(state.status, 0)
+
+
+def _style(status: str) -> str:
+    return _STYLES.get(status, "red")
+
+
+def _columns(states: Sequence[CellState]) -> dict[str, list[Text | ProgressBar]]:
+    return {
+        "cell": [Text(state.cell.id) for state in states],
+        "status": [Text(state.status, style=_style(state.status)) for state in states],
+        "epoch": [Text(str(state.epoch or "")) for state in states],
+        "reward": [Text("" if state.reward is None else f"{state.reward:.3f}") for state in states],
+        "held-out": [Text(_held_out(state)) for state in states],
+        "hours": [Text(f"{state.device_hours:.3f}" if state.device_hours else "") for state in states],
+        "": [ProgressBar(total=1, completed=state.fraction, width=BAR) for state in states],
+        "left": [Text("" if state.left is None else clock(state.left)) for state in states],
+        "attempts": [Text(str(state.attempts or "")) for state in states],
     }
-    dropped = ["", "reward", "hours", "left"]
-    unbounded = console.options.update(max_width=1000)
-    while (table := _table(columns)) and dropped and console.measure(table, options=unbounded).maximum > console.width:
-        del columns[dropped.pop(0)]
-    counts = {status: sum(s.status == status for s in states) for status in dict.fromkeys(s.status for s in states)}
-    summary = ", ".join(f"{counts[status]} {status}" for status in sorted(counts, key=lambda s: rank.get(s, 2)))
-    hidden = f" ({len(states) - rows} more not shown)" if len(states) > rows else ""
-    spent = sum(s.device_hours for s in states)
-    line = f"{counted(len(states), 'cell')}: {summary}{hidden}; {spent:.2f} device-hours"
-    return Group(table, Text(line, style="bold"))
 
 
-_STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "interrupted": "yellow"}
-
-
-def _table(columns: Mapping[str, Sequence[Any]]) -> Table:
+def _fitting(columns: Mapping[str, Sequence[Text | ProgressBar]], width: int) -> Table:
+    """A table of as many of the columns as fit."""
+    widths = {name: max([cell_len(name), *map(_width, values)]) + 2 for name, values in columns.items()}
+    dropped = iter(_DROPPED)
+    while sum(widths.values()) - 2 > width and (name := next(dropped, None)) is not None:
+        del widths[name]
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for name in columns:
+    for name in widths:
         table.add_column(name, justify="left" if name in ("cell", "status", "") else "right", no_wrap=True)
-    for row in zip(*columns.values(), strict=True):
+    for row in zip(*(columns[name] for name in widths), strict=True):
         table.add_row(*row)
     return table
+
+
+def _width(value: Text | ProgressBar) -> int:
+    return value.cell_len if isinstance(value, Text) else BAR
+
+
+def _error(state: CellState, *, whole: bool) -> Text:
+    """The last error of a cell in one line, which may be folded if it is to be shown as a `whole`."""
+    before = "" if state.failed else "earlier, "  # it has been started again, or will be
+    text = f"{state.cell.id} {before}{state.failure or state.status}: {state.message}"
+    style = "red" if state.failed else "yellow"
+    return Text(text, style=style, no_wrap=not whole, overflow="fold" if whole else "ellipsis")
+
+
+def _summary(states: Sequence[CellState], hidden: int) -> Text:
+    """How many cells are in which state: of all cells, shown or not."""
+    ranks = {state.status: _rank(state) for state in states}
+    counts = {status: sum(s.status == status for s in states) for status in ranks}
+    words = ", ".join(f"{counts[status]} {status}" for status in sorted(counts, key=ranks.__getitem__))
+    more = f" ({hidden} more not shown)" if hidden else ""
+    spent, lost = sum(s.device_hours for s in states), sum(s.lost_device_hours for s in states)
+    repeated = f", and {lost:.2f} lost" if lost >= 0.005 else ""
+    return Text(f"{counted(len(states), 'cell')}: {words}{more}; {spent:.2f} device-hours{repeated}", style="bold")
 
 
 def _held_out(state: CellState) -> str:
@@ -97,8 +160,8 @@ def _held_out(state: CellState) -> str:
     return f"{state.base_accuracy:.3f} → {state.accuracy:.3f}"
 
 
-def _left(state: CellState, start: tuple[float, float] | None) -> str:
-    if state.status != "running" or start is None or state.fraction <= start[1]:
-        return ""
-    seconds = (time.monotonic() - start[0]) * (1 - state.fraction) / (state.fraction - start[1])
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+def clock(seconds: float) -> str:
+    """Minutes and seconds, or hours, minutes and seconds: 2:05, 1:02:05."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -26,6 +26,7 @@ from runners.launchers.local import LocalLauncher
 from runners.launchers.protocol import Ended, Job, Launcher
 from runners.live import live, live_table
 from runners.retries import answer
+from runners.stop_files import launcher_requests
 from runners.stopping import ONE_REQUEST, stop_requests
 
 AT_ONCE = 60  # seconds that cells get to end, once they were asked to stop at once
@@ -83,10 +84,11 @@ def run_cells(
     def spent() -> bool:
         return device_hours is not None and sum(_hours(results / name) for name in planned) >= device_hours
 
+    asked = launcher_requests(results)
     with live(console, sweep.table) as refresh, stop_requests() as requests:
         try:
             while sweep.goes_on:
-                if requests:  # here, and not in the midst of starting a process, which nobody would know of
+                if requests or asked():  # here, and not in the midst of starting a process, which nobody would know of
                     raise KeyboardInterrupt
                 if spent():
                     console.print(f"The grid has spent its {device_hours:g} device-hours; every cell saves itself.")
@@ -121,7 +123,6 @@ class _Running:
     cell: Cell
     job: Job
     before: Before
-    start: tuple[float, float]  # time.monotonic() and the share of the budget that was spent
 
 
 @dataclass(kw_only=True)
@@ -146,9 +147,8 @@ class _Sweep:
     def goes_on(self) -> bool:
         return bool(self.todo or self.later or self.running)
 
-    def table(self) -> Group:
-        starts = {name: running.start for name, running in self.running.items()}
-        return live_table(self.console, self.results, self.cells, starts)
+    def table(self, height: int | None = None) -> Group:
+        return live_table(self.console, [state_of(self.results, cell) for cell in self.cells], height=height)
 
     def submit(self) -> None:
         """Hand over as many cells as there is room for."""
@@ -166,11 +166,9 @@ class _Sweep:
         if not taken:
             return
         before = [Before.of(self.results / cell.id) for cell in taken]
-        fractions = [state_of(self.results, cell).fraction for cell in taken]
         jobs = self.launcher.submit([self.results / cell.id for cell in taken])
-        for cell, job, found, fraction in zip(taken, jobs, before, fractions, strict=True):
-            start = (time.monotonic(), fraction)
-            self.running[cell.id] = _Running(cell=cell, job=job, before=found, start=start)
+        for cell, job, found in zip(taken, jobs, before, strict=True):
+            self.running[cell.id] = _Running(cell=cell, job=job, before=found)
 
     def close(self) -> None:
         """Close the cells that have ended."""

@@ -27,6 +27,7 @@ from runners.export import export
 from runners.provenance import provenance, this_attempt
 from runners.rewards import RewardUnavailable
 from runners.run import Diverged, Run, rewards_of, set_up
+from runners.stop_files import cell_is_asked
 from runners.stopping import stop_requests
 from runners.update import update
 
@@ -125,7 +126,7 @@ def _train(run: Run, interrupted: list[float]) -> bool:
             _save(run)
             raise
         progress.epoch += 1
-        stop = run.agreed(bool(interrupted))
+        stop = run.agreed(bool(interrupted) or cell_is_asked(run.folder))
         due = progress.epoch % recipe.evaluation.every == 0 or run.spent
         if due:
             progress.pending = metrics

@@ -26,8 +26,8 @@ from ablate.lock import is_locked, lock
 from ablate.plan import Cell, make_plan
 from ablate.record import Ledger, Record, Status, read_metrics, read_record, write_atomic, write_ledger
 from ablate.source import InputError
-from runners import live, stopping, sweep
-from runners.cell_state import CellState, state_of
+from runners import stopping, sweep
+from runners.cell_state import state_of
 from runners.identity import identify
 from runners.launchers import local
 from runners.launchers import processes as cell_processes
@@ -482,7 +482,7 @@ def test_the_state_of_a_cell_is_read_from_its_folder(half_done: Path) -> None:
 def test_the_table_loses_columns_before_words(half_done: Path, width: int) -> None:
     screen = Console(width=width)
     with screen.capture() as captured:
-        screen.print(live_table(screen, half_done, [FIRST, SECOND]))
+        screen.print(live_table(screen, [state_of(half_done, cell) for cell in (FIRST, SECOND)]))
     text = captured.get()
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
@@ -499,14 +499,6 @@ def test_a_plan_frozen_again_leaves_cells_alone(folder: Path) -> None:
     assert path.stat().st_mtime_ns == before
     assert (folder / "grid.yaml").read_text().endswith("# edited\n")
     assert len(list(folder.glob("*/cell.json"))) == len(PLAN.cells)
-
-
-def test_the_time_left_counts_from_this_start_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resumed at half of the budget, 10 seconds for a tenth of it: forty more, whatever the first half took."""
-    monkeypatch.setattr(live.time, "monotonic", lambda: 110.0)
-    state = CellState(cell=FIRST, status="running", fraction=0.6)
-    assert live._left(state, (100.0, 0.5)) == "0:40"
-    assert live._left(state, (100.0, 0.6)) == ""
 
 
 def test_the_processes_of_a_cell_know_each_other_and_their_devices(
