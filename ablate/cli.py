@@ -189,7 +189,7 @@ def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under resu
             done = train_cell(folder)
     if is_main():
         typer.echo(f"{done.id} {done.status} {done.message}".strip())
-    raise SystemExit(0 if done.status.final else 1)
+    raise SystemExit(0 if done.status.settled else 1)
 
 
 @app.command()

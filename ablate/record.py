@@ -6,6 +6,7 @@ results/<grid>/<cell id>/cell.json       the resolved cell
                          metrics.jsonl   append-only, one flat object per epoch
                          attempts.jsonl  one object per start of the cell's process
                          record.json     written last, atomically
+                         limits.json     what may end the cell before its budget does; see limits.py
                          samples/        before.png and after.png, same prompts and noise
                          checkpoint/     ignored by git; removed when the cell is done; ledger.json: spent so far
 """
@@ -34,13 +35,20 @@ class Status(StrEnum):
     DIVERGED = "diverged"  # a result: censored in time-to-target
     FAILED = "failed"  # with the last line of the traceback
     INTERRUPTED = "interrupted"  # resumes from its last checkpoint
+    PAUSED = "paused"  # at a rung of successive halving, until it is decided whether the cell goes on
+    STOPPED = "stopped"  # by successive halving or as a hopeless trial: censored in time-to-target
     REWARD_UNAVAILABLE = "reward_unavailable"
     EXCLUDED = "excluded"
 
     @property
     def final(self) -> bool:
         """Whether the cell is never run again."""
-        return self in (Status.DONE, Status.DIVERGED)
+        return self in (Status.DONE, Status.DIVERGED, Status.STOPPED)
+
+    @property
+    def settled(self) -> bool:
+        """Whether starting the cell again under the same limits would change nothing."""
+        return self.final or self is Status.PAUSED
 
 
 class Ledger(Strict):
@@ -134,7 +142,7 @@ def read_record(folder: Path) -> Record | None:
     path = folder / "record.json"
     if not path.exists():
         return None
-    return _validated(Record, path)
+    return read_validated(Record, path)
 
 
 def read_cell(folder: Path) -> Cell:
@@ -142,7 +150,7 @@ def read_cell(folder: Path) -> Cell:
     path = folder / "cell.json"
     if not path.exists():
         raise InputError(f"{folder}: no cell.json here; `ablate run GRID` writes it")
-    return _validated(Cell, path)
+    return read_validated(Cell, path)
 
 
 def write_ledger(folder: Path, spent: Ledger) -> None:
@@ -164,7 +172,8 @@ def read_spent(folder: Path) -> Ledger:
     return Ledger.of_line(last)
 
 
-def _validated(model: type[M], path: Path) -> M:
+def read_validated(model: type[M], path: Path) -> M:
+    """A JSON file of results/ as a model. Raises InputError if it is damaged, or of another format version."""
     data = read_json(path)
     try:
         return model.model_validate(data)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 METRICS_PER_BATCH, PARAMS_PER_BATCH, VALUE_LENGTH = 1000, 100, 500  # what every MLflow server accepts
-RUN_STATUS = {Status.DONE: "FINISHED", Status.DIVERGED: "FINISHED", Status.INTERRUPTED: "KILLED"}  # others: FAILED
+_KILLED = dict.fromkeys((Status.INTERRUPTED, Status.PAUSED, Status.STOPPED), "KILLED")
+RUN_STATUS = {Status.DONE: "FINISHED", Status.DIVERGED: "FINISHED", **_KILLED}  # others: FAILED
 FILES = ("cell.json", "metrics.jsonl", "attempts.jsonl", "record.json")
 REPORT = "report"  # folder of figures, and the name of their run
 PROBED = ("snr", "total_snr", "cosine", "effective_points", "largest_share", "calls", "seconds")  # by points

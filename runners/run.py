@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ablate.components import build
+from ablate.limits import Limits, reached, read_limits
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
 from ablate.recipe import Recipe
-from ablate.record import read_spent, write_ledger
+from ablate.record import read_metrics, read_spent, write_ledger
 from ablate.seeding import derive_seed, generator
 from ablate.source import InputError
+from ablate.stop_rule import StopRule
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.compiling import compile_seconds
@@ -54,6 +56,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss, for float16
     progress: Progress
+    limits: Limits = field(default_factory=Limits)
+    stopped: str = ""  # why the stop rule ends the cell
     batch_sizes: dict[str, int] = field(default_factory=dict)  # of rollout, update and eval, as they fitted into memory
     scorer: Scorer = field(init=False)
     objective: Any = field(init=False)
@@ -136,19 +140,35 @@ class Run:
 
     @property
     def spent(self) -> bool:
-        budget, progress = self.recipe.budget, self.progress
-        if progress.target_reached:
-            return True
-        if budget.epochs is not None and progress.epoch >= budget.epochs:
-            return True
-        return budget.device_hours is not None and progress.cost.device_hours >= budget.device_hours
+        """Whether the cell is done: its budget or its target is reached, or its stop rule fulfilled."""
+        return self.progress.target_reached or bool(self.stopped) or self._reached(1)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the share of the budget is spent that the cell may go to for now."""
+        return self.limits.share < 1 and self._reached(self.limits.share)
+
+    def _reached(self, share: float) -> bool:
+        progress = self.progress
+        return reached(self.recipe.budget, share, progress.epoch, progress.cost.device_hours)
+
+    def check_stop_rule(self, metrics: Mapping[str, float]) -> None:
+        """Note whether metrics of this epoch fulfil the stop rule; all processes go by the first one's."""
+        if self.limits.stop_when is not None and not self.stopped:
+            rule = StopRule.parse(self.limits.stop_when)
+            self.stopped = self.world.everyone(rule.fulfilled(self._line(metrics)))[0]
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and remember where it ends."""
         if not self.world.main:
             return
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self._line(metrics)) + "\n")
+            self.progress.metrics_bytes = file.tell()
+
+    def _line(self, metrics: Mapping[str, float]) -> dict[str, float]:
         progress, cost = self.progress, self.progress.cost
-        line = {
+        return {
             "epoch": progress.epoch,
             "update": progress.update,
             "device_hours": round(cost.device_hours, 7),
@@ -156,9 +176,6 @@ class Run:
             **{name: value for name, value in metrics.items() if math.isfinite(value)},  # the rest is missing
             **cost.flat(),
         }
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            progress.metrics_bytes = file.tell()
 
 
 def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: World | None = None) -> Run:
@@ -186,6 +203,8 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
     world.share([tensor for tensors in policy.state().values() for tensor in tensors])
     if world.main:
         _go_back_to(progress, folder)
+    limits = read_limits(folder)
+    stopped = world.everyone(_stopped_before(folder, limits) if world.main else "")[0]
     return Run(
         folder=folder,
         cell=cell,
@@ -197,6 +216,8 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
         optimizer=optimizer,
         scaler=scaler,
         progress=progress,
+        limits=limits,
+        stopped=stopped,
     )
 
 
@@ -211,6 +232,12 @@ def _check(rewards: Sequence[WeightedSum], world: World) -> None:
         problem = str(error)
     if problem := next(filter(None, world.everyone(problem)), ""):
         raise RewardUnavailable(problem)
+
+
+def _stopped_before(folder: Path, limits: Limits) -> str:
+    """Why the stop rule is fulfilled where a cell resumes; empty where it is not. A cell ends with an evaluation."""
+    last = (read_metrics(folder) or [{}])[-1]
+    return StopRule.parse(limits.stop_when).fulfilled(last) if limits.stop_when and "eval/score" in last else ""
 
 
 def _go_back_to(progress: Progress, folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from ablate.advantages import advantages
 from ablate.geometry import check_devices
 from ablate.record import Record, Status, read_cell, read_metrics, write_atomic
+from ablate.stop_rule import StopRule
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.collect import collect
@@ -45,7 +46,8 @@ def train_cell(folder: Path) -> Record:
         with stop_requests(at_once=2) as interrupted:
             run = set_up(folder, cell, world=world)
             progress, identities = run.progress, run.identities
-            status = Status.DONE if _train(run, interrupted) else Status.INTERRUPTED
+            status = _train(run, interrupted)
+            message = _early_end(run, status)
             if status.final and cell.recipe.export_weights and world.main:
                 export(folder, cell, run.policy)
         leave()
@@ -89,12 +91,24 @@ def _first_to_fail(folder: Path) -> bool:
     return True
 
 
-def _train(run: Run, interrupted: list[float]) -> bool:
-    """Epochs until the budget is spent; False when a signal asked to stop."""
+def _early_end(run: Run, status: Status) -> str:
+    """What ended a cell before its budget did, or that its stop rule could not; empty where there is nothing to say."""
+    if status is Status.PAUSED:
+        return f"paused after {run.limits.share:.4g} of its budget"
+    if run.stopped:
+        return f"stopped by its rule {run.stopped}"
+    rule = run.limits.stop_when
+    if status is Status.DONE and rule and not any(StopRule.parse(rule).metric in x for x in read_metrics(run.folder)):
+        return f"its stop rule {rule!r} asks for a metric that was never logged"
+    return ""
+
+
+def _train(run: Run, interrupted: list[float]) -> Status:
+    """Epochs until the budget is spent or a limit reached; INTERRUPTED when a signal asked to stop."""
     recipe, progress = run.recipe, run.progress
     if progress.epoch == 0 or progress.pending:
         _evaluate_and_log(run, progress.pending)
-    while not run.spent:
+    while not run.spent and not run.paused:
         before = progress.cost
         try:
             metrics = train_epoch(run)
@@ -104,15 +118,16 @@ def _train(run: Run, interrupted: list[float]) -> bool:
             raise
         progress.epoch += 1
         stop = run.agreed(bool(interrupted))
-        if progress.epoch % recipe.evaluation.every == 0 or run.spent:
+        run.check_stop_rule(metrics)
+        if progress.epoch % recipe.evaluation.every == 0 or run.spent or run.paused:
             _evaluate_and_log(run, metrics)
         else:
             run.log(metrics)
-        if stop or progress.epoch % recipe.checkpoint_every == 0:
+        if stop or run.paused or progress.epoch % recipe.checkpoint_every == 0:
             _save(run)
-        if stop and not run.spent:
-            return False
-    return True
+        if stop and not run.spent and not run.paused:
+            return Status.INTERRUPTED
+    return Status.DONE if run.spent else Status.PAUSED
 
 
 def _evaluate_and_log(run: Run, metrics: dict[str, float]) -> None:
@@ -125,6 +140,7 @@ def _evaluate_and_log(run: Run, metrics: dict[str, float]) -> None:
             _save(run)
         raise
     run.log(metrics | evaluated)
+    run.check_stop_rule(metrics | evaluated)
     run.progress.pending = {}
 
 
@@ -149,4 +165,4 @@ def train_epoch(run: Run) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if train_cell(Path(sys.argv[1])).status.final else 1)
+    sys.exit(0 if train_cell(Path(sys.argv[1])).status.settled else 1)
