@@ -38,9 +38,9 @@ def _halving(choice: Halving) -> list[str]:
     ]
     configurations = counted(len(first.configurations), "configuration")
     text = (
-        f"Successive halving: of {configurations}, {', '.join(stops)} of the budget were stopped, judged by the mean of "
-        f"{first.metric} over seeds on the {' and '.join(choice.splits)} prompts. Stopped cells are censored in times to "
-        "target and in no mean of final values; what is said of axes holds for those that went on."
+        f"Successive halving: of {configurations}, {', '.join(stops)} of the budget were stopped, judged by the mean "
+        f"of {first.metric} over seeds on the {' and '.join(choice.splits)} prompts. Stopped cells are censored in "
+        "times to target and in no mean of final values; what is said of axes holds for those that went on."
     )
     if "evaluation" in choice.splits:
         text += " Those were chosen by the prompts that they are reported on, which flatters them a little."
