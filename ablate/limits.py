@@ -6,14 +6,15 @@ Limits are no part of what a cell is: they can only end it before its budget doe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from ablate.plan import FORMAT
+from ablate.plan import FORMAT, Cell
 from ablate.recipe import BudgetRecipe, Strict
-from ablate.record import read_validated, write_atomic
+from ablate.record import read_record, read_validated, write_atomic
 
 FILE = "limits.json"
 
@@ -40,6 +41,14 @@ def write_limits(folder: Path, limits: Limits) -> None:
         (folder / FILE).unlink(missing_ok=True)
     else:
         write_atomic(folder / FILE, limits.model_dump_json() + "\n")
+
+
+def limit(results: Path, cells: Sequence[Cell], limits: Limits) -> None:
+    """Limit the next start of all cells that have not ended for good."""
+    for cell in cells:
+        record = read_record(results / cell.id)
+        if record is None or not record.status.final:
+            write_limits(results / cell.id, limits)
 
 
 def reached(budget: BudgetRecipe, share: float, epoch: int, device_hours: float) -> bool:

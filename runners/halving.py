@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ablate.halving import FILE, Halving, arrived, judge, read_halving, shares
-from ablate.limits import Limits, write_limits
+from ablate.limits import Limits, limit
 from ablate.plan import Cell
 from ablate.record import Record, Status, read_record, write_atomic
 from ablate.source import counted
@@ -49,8 +49,7 @@ def _to_rung(
 ) -> dict[str, Record]:
     """Train cells to a share of their budget; the records of those that are there."""
     todo = [cell for cell in cells if not arrived(cell, read_record(results / cell.id), share)]
-    for cell in todo:
-        write_limits(results / cell.id, Limits(share=share, stop_when=stop_when))
+    limit(results, todo, Limits(share=share, stop_when=stop_when))
     if todo:
         train(todo)
     found = [(cell, read_record(results / cell.id)) for cell in cells]
