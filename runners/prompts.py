@@ -37,6 +37,7 @@ class Prompt:
     tag: str = "text"
     include: tuple[Requirement, ...] = ()
     exclude: tuple[Requirement, ...] = ()
+    group: int = 0  # which draw of the prompt an image belongs to: images of one are compared with each other
 
 
 class PromptSource(Protocol):
@@ -85,13 +86,13 @@ HELD_OUT_BY_FILE = ("geneval",)  # of these, those whose held-out prompts a file
 
 def load_prompts(recipe: PromptsRecipe) -> PromptSource:
     """The prompt source of a recipe. Raises InputError for files that cannot be read or are missing."""
+    if recipe.evaluation is not None and recipe.train in BUILT_IN and recipe.train not in HELD_OUT_BY_FILE:
+        own = f"{recipe.train!r} has held-out prompts of its own"
+        raise InputError(f"prompts.evaluation: got {recipe.evaluation!r}, expected null: {own}")
     held_out = read_prompts(Path(recipe.evaluation)) if recipe.evaluation else None
     if recipe.train in BUILT_IN:
         module, _, name = BUILT_IN[recipe.train].partition(":")
         kind = getattr(importlib.import_module(module), name)
-        if held_out is not None and recipe.train not in HELD_OUT_BY_FILE:
-            own = f"{recipe.train!r} has held-out prompts of its own"
-            raise InputError(f"prompts.evaluation: got {recipe.evaluation!r}, expected null: {own}")
         source: PromptSource = kind() if held_out is None else kind(held_out)
         return source
     if held_out is None:

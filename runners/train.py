@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ablate.advantages import advantages
 from ablate.geometry import check_devices
-from ablate.record import Record, Status, read_cell, read_metrics, write_atomic
+from ablate.record import Record, Status, read_cell, read_metrics, read_spent, write_atomic
 from ablate.stop_rule import StopRule
 from runners import checkpoint
 from runners.checkpoint import Progress
@@ -22,7 +22,7 @@ from runners.evaluation import evaluate
 from runners.export import export
 from runners.provenance import note_attempt, provenance
 from runners.rewards import RewardUnavailable
-from runners.run import Diverged, Run, set_up
+from runners.run import Diverged, Run, rewards_of, set_up
 from runners.stopping import stop_requests
 from runners.update import update
 
@@ -39,17 +39,22 @@ def train_cell(folder: Path) -> Record:
         for name in ("traceback.txt", "record.json"):  # of an attempt before
             (folder / name).unlink(missing_ok=True)
     attempts = world.everyone(attempts)[0]  # nobody goes on, and nobody fails, before
-    progress, status, message = Progress(), Status.FAILED, ""
+    lines = read_metrics(folder)
+    progress = Progress(epoch=lines[-1]["epoch"] if lines else 0, cost=read_spent(folder))  # until it is restored
+    status, message = Status.FAILED, ""
     identities: dict[str, str] = {}
+    interrupted: list[float] = []
     writes = world.main
     try:
         with stop_requests(at_once=2) as interrupted:
+            identities = {name: reward.identity for name, reward in rewards_of(cell.recipe)[0].rewards.items()}
             run = set_up(folder, cell, world=world)
             progress, identities = run.progress, run.identities
             status = _train(run, interrupted)
             message = _early_end(run, status)
             if status.final and cell.recipe.export_weights and world.main:
-                export(folder, cell, run.policy)
+                with run.booked("checkpoint"):
+                    export(folder, cell, run.policy)
         leave()
     except Diverged as divergence:
         status, message = Status.DIVERGED, str(divergence)
@@ -58,8 +63,11 @@ def train_cell(folder: Path) -> Record:
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     except Exception as error:  # of the export too: its checkpoint is kept, and the next start exports again
-        status, message = Status.FAILED, f"{type(error).__name__}: {error}"
-        writes = _first_to_fail(folder)
+        if interrupted:  # and the others have ended
+            status = Status.INTERRUPTED
+        else:
+            status, message = Status.FAILED, f"{type(error).__name__}: {error}"
+            writes = _first_to_fail(folder)
     evaluated = [line for line in read_metrics(folder) if "eval/score" in line]
     last = evaluated[-1] if evaluated else {}
     record = Record(
@@ -106,8 +114,8 @@ def _early_end(run: Run, status: Status) -> str:
 def _train(run: Run, interrupted: list[float]) -> Status:
     """Epochs until the budget is spent or a limit reached; INTERRUPTED when a signal asked to stop."""
     recipe, progress = run.recipe, run.progress
-    if progress.epoch == 0 or progress.pending:
-        _evaluate_and_log(run, progress.pending)
+    if progress.pending or not progress.metrics_bytes:
+        _evaluate_and_log(run)
     while not run.spent and not run.paused:
         before = progress.cost
         try:
@@ -119,28 +127,27 @@ def _train(run: Run, interrupted: list[float]) -> Status:
         progress.epoch += 1
         stop = run.agreed(bool(interrupted))
         run.check_stop_rule(metrics)
-        if progress.epoch % recipe.evaluation.every == 0 or run.spent or run.paused:
-            _evaluate_and_log(run, metrics)
+        due = progress.epoch % recipe.evaluation.every == 0 or run.spent or run.paused
+        if due:
+            progress.pending = metrics
         else:
             run.log(metrics)
-        if stop or run.paused or progress.epoch % recipe.checkpoint_every == 0:
-            _save(run)
-        if stop and not run.spent and not run.paused:
+        if stop or due or progress.epoch % recipe.checkpoint_every == 0:
+            _save(run)  # before an evaluation too, which may take longer than a stop may
+        if stop:
             return Status.INTERRUPTED
+        if due:
+            _evaluate_and_log(run)
+            if run.paused:
+                _save(run)  # with the evaluation, so that the next start does not repeat it
     return Status.DONE if run.spent else Status.PAUSED
 
 
-def _evaluate_and_log(run: Run, metrics: dict[str, float]) -> None:
-    """Log the metrics of an epoch with its evaluation; they are kept where the evaluation has no rewards."""
-    try:
-        evaluated = evaluate(run)
-    except RewardUnavailable:
-        run.progress.pending = metrics
-        if metrics:
-            _save(run)
-        raise
-    run.log(metrics | evaluated)
-    run.check_stop_rule(metrics | evaluated)
+def _evaluate_and_log(run: Run) -> None:
+    """Evaluate, and log that with the metrics of the epoch before, which the checkpoint holds."""
+    metrics = run.progress.pending | evaluate(run)
+    run.log(metrics)
+    run.check_stop_rule(metrics)
     run.progress.pending = {}
 
 
@@ -154,6 +161,7 @@ def _save(run: Run) -> None:
 def train_epoch(run: Run) -> dict[str, float]:
     """Roll out from the old policy, score, and update on the images' likelihoods under the shared probe."""
     samples = collect(run)
+    run.put_rewards_away()
     if not sum(run.world.everyone(len(samples.group))):  # nothing has a score
         return samples.metrics
     rewards, own = run.world.rows(samples.rewards)
