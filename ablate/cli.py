@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ablate.grid import Grid
     from ablate.plan import Cell, Plan
+    from runners.mlflow_writer import SyncSummary
     from runners.preflight import Finding
 
 app = typer.Typer(
@@ -130,14 +131,13 @@ def run(
     """Train every cell that is not finished; the same command continues after an interruption."""
     from ablate.geometry import check_devices
     from ablate.halving import check_choice
-    from ablate.limits import Limits, limit
     from ablate.stop_rule import StopRule
     from runners.cell_state import state_of
-    from runners.halving import run_halving
+    from runners.halving import run_within_limits
     from runners.hub import check_model
     from runners.preflight import preflight
     from runners.sweep import check_gpus, freeze, in_order, run_cells
-    from runners.tracking import Mirror, compare_link, server_command
+    from runners.tracking import Mirror
 
     loaded, whole, planned = _planned(grid, settings, only, seeds)
     console = _console()
@@ -171,11 +171,7 @@ def run(
         run_cells(folder, cells, console=console, workers=workers, processes=processes, device_hours=budget)
 
     try:
-        if halving is not None:
-            run_halving(folder, planned.cells, halving, train, console, rule)
-        else:
-            limit(folder, planned.cells, Limits(stop_when=rule))
-            train(planned.cells)
+        run_within_limits(folder, planned.cells, train, console, halvings=halving, stop_when=rule)
     except KeyboardInterrupt:
         console.print(f"Stopped. Nothing is lost; continue with: ablate run {shlex.join(sys.argv[2:])}", soft_wrap=True)
         raise SystemExit(130) from None
@@ -184,9 +180,7 @@ def run(
             mirror.close()
     console.print(f"Figures and tables: ablate report {folder}")
     if mirror and mirror.summary:
-        link = compare_link(tracking_uri or "", mirror.summary.experiment_id, list(mirror.summary.runs.values()))
-        console.print(f"Compare the runs:   {server_command(folder, tracking_uri)}", soft_wrap=True)
-        console.print(f"                    {link}", soft_wrap=True, highlight=False)
+        _print_links(console, folder, tracking_uri, mirror.summary)
     if any(state_of(folder, cell).status not in ("done", "diverged", "stopped") for cell in planned.cells):
         raise SystemExit(1)
 
@@ -246,9 +240,7 @@ def tune(
     try:
         complete = tuning.run()
     except KeyboardInterrupt:
-        console.print(
-            f"Stopped. Nothing is lost; continue with: ablate tune {shlex.join(sys.argv[2:])}", soft_wrap=True
-        )
+        console.print("Stopped. Nothing is lost; the same command goes on.")
         raise SystemExit(130) from None
     if not complete:
         console.print("Not all trials have ended: the same command goes on, and writes the tuned grid once they have.")
@@ -552,6 +544,15 @@ def _console() -> Console:
 
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=WIDE if wide else None)
+
+
+def _print_links(console: Console, results: Path, tracking_uri: str | None, summary: SyncSummary) -> None:
+    """How to see the runs in MLflow."""
+    from runners.tracking import compare_link, server_command
+
+    link = compare_link(tracking_uri or "", summary.experiment_id, list(summary.runs.values()))
+    console.print(f"Compare the runs:   {server_command(results, tracking_uri)}", soft_wrap=True)
+    console.print(f"                    {link}", soft_wrap=True, highlight=False)
 
 
 def _print_findings(console: Console, findings: Iterable[Finding]) -> int:

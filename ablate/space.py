@@ -18,6 +18,7 @@ JUDGES = ("evaluation", "budget", "prompts", "reward", "scoring", "model.path", 
 FIXED = (*JUDGES, "export_weights", "checkpoint_every")  # what trials are judged by, and what changes no result
 FORMS = "NAME=LOW..HIGH with :log or :int behind it if need be, or NAME=A|B|C"
 FLAGS = ("log", "int")
+PLACES = ("the fields of a recipe", *(f"{axis}.PARAMETER" for axis in COMPONENT_AXES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ class Dimension:
         """Whether a value is one of the dimension's."""
         if self.values:
             return value in self.values
-        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        return self.low <= value <= self.high and (not self.integer or value % 1 == 0)
 
     def suggest(self, trial: Any) -> Any:
         """The value of an Optuna trial."""
@@ -94,7 +97,7 @@ def _field(text: str, name: str) -> str:
         fixed = [field for field in recipe_fields() if field not in fields]
         if name in fixed or any(field.endswith(f".{name}") for field in fixed):
             raise InputError(f"--space {text}: {name!r} cannot be tuned: it is the same for all that are compared")
-        raise InputError(f"--space {text}: unknown field {name!r}{choices(name, fields, ['the fields of a recipe'])}")
+        raise InputError(f"--space {text}: unknown field {name!r}{choices(name, fields, PLACES)}")
     return found[0]
 
 

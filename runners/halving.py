@@ -17,6 +17,23 @@ from ablate.source import counted
 Train = Callable[[Sequence[Cell]], object]  # trains cells until each is settled, as far as it can
 
 
+def run_within_limits(
+    results: Path,
+    cells: Sequence[Cell],
+    train: Train,
+    console: Console,
+    *,
+    halvings: int | None = None,
+    stop_when: str | None = None,
+) -> None:
+    """Train cells until their stop rule or their budget ends them, by successive halving if that is asked for."""
+    if halvings is not None:
+        run_halving(results, cells, halvings, train, console, stop_when)
+        return
+    limit(results, cells, Limits(stop_when=stop_when))
+    train(cells)
+
+
 def run_halving(
     results: Path, cells: Sequence[Cell], halvings: int, train: Train, console: Console, stop_when: str | None = None
 ) -> None:

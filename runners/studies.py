@@ -33,9 +33,9 @@ def open_storage(where: str) -> BaseStorage:
     if not separator:
         return _journal(Path(where))
     try:
-        storage: BaseStorage = optuna.storages.RDBStorage(where)
+        storage: BaseStorage = optuna.storages.RDBStorage(where.replace("postgresql://", "postgresql+psycopg://", 1))
     except ImportError as error:
-        raise InputError(f"--storage postgresql://...: {error}; install the driver, e.g. psycopg") from None
+        raise InputError(f"--storage postgresql://...: {error}; pip install 'ablate[tune]' has the driver") from None
     except Exception as error:  # the driver's own, of many kinds: no server, no database, no permission
         raise InputError(f"--storage postgresql://...: {type(error).__name__}: {str(error).splitlines()[0]}") from None
     return storage
@@ -59,8 +59,10 @@ def _journal(path: Path) -> BaseStorage:
         lock = JournalFileSymlinkLock(str(path))
         if path.exists():
             lock.acquire()
-            _drop_unfinished_line(path)
-            lock.release()
+            try:
+                _drop_unfinished_line(path)
+            finally:
+                lock.release()
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except OSError as error:
         raise InputError(f"--storage {path}: {error.strerror}") from None

@@ -65,7 +65,8 @@ class Family:
 
 
 def families(plan: Plan, space: Sequence[Dimension]) -> list[Family]:
-    """The configurations of a plan with what is tuned of each: a parameter only where the component has it.
+    """The configurations of a plan with what is tuned of each: a parameter only where the component has it, and no
+    configuration without any.
 
     Raises InputError where nothing has a parameter, an end of the space is not allowed, or the grid reports the prompts
     that trials are judged by.
@@ -77,9 +78,10 @@ def families(plan: Plan, space: Sequence[Dimension]) -> list[Family]:
     for dimension in space:
         if not any(dimension in family.space for family in found):
             raise InputError(f"--space {dimension.text}: {_nobody(dimension, found)}")
-    for family in found:
+    tuned = [family for family in found if family.space]
+    for family in tuned:
         _check(family)
-    return found
+    return tuned
 
 
 def _family(cell: Cell, seed: int, space: Sequence[Dimension]) -> Family:

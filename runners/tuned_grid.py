@@ -42,7 +42,7 @@ def write_tuned_grid(
     """GRID-tuned.yaml with the best values of each family; `found` has all its trials, which have ended."""
     target, loaded = check_target(grid), load_grid(grid)
     text = NAME.sub(f"name: {loaded.file.name}-tuned", loaded.source.text, count=1).rstrip("\n") + "\n"
-    rows = "".join(map(_rows, found.values()))
+    rows = "".join(_rows(family, trials) for family, trials in found.values())
     key = "tuned:" if any(line.startswith("  - ") for line in rows.splitlines()) else "tuned: []"
     write_atomic(target, f"{_header(grid, found, settings)}{text}{key}\n{rows}")
     make_plan(load_grid(target), identify)
@@ -59,6 +59,7 @@ def _header(grid: Path, found: Mapping[str, tuple[Family, Sequence[FrozenTrial]]
         f"Space: {', '.join(space)}.",
         f"Budget of a trial: {_budget(family)}; seed {family.base.seed}, which this grid does not have.",
         f"Chosen by the last held-out value on the first {family.base.recipe.evaluation.num_prompts} {SPLIT} prompts.",
+        "A combination without a row has the recipe's values: none of these are its own, or no trial has a result.",
         *([f"Other settings of the trials: {', '.join(settings)}."] if settings else []),
     ]
     return lines[0] + "\n" + "".join(f"# {line}\n" for line in lines[1:])
@@ -69,12 +70,11 @@ def _budget(family: Family) -> str:
     return ", ".join(f"{value:g} {name.replace('_', '-')}" for name, value in budget.items())
 
 
-def _rows(found: tuple[Family, Sequence[FrozenTrial]]) -> str:
-    """The row of a family below its evidence; the evidence alone where no trial has a result, or nothing is tuned."""
-    family, trials = found
+def _rows(family: Family, trials: Sequence[FrozenTrial]) -> str:
+    """The row of a family below its evidence; the evidence alone where no trial has a result."""
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     comments = [f"  # {line}\n" for line in _evidence(family, trials, complete)]
-    if not complete or not family.space:
+    if not complete:
         return "".join(comments)
     best = best_of(complete)
     key = {axis: getattr(family.base, axis) for axis in COMPONENT_AXES}
@@ -89,13 +89,13 @@ def best_of(complete: Sequence[FrozenTrial]) -> FrozenTrial:
 
 
 def _evidence(family: Family, trials: Sequence[FrozenTrial], complete: Sequence[FrozenTrial]) -> list[str]:
-    hours = sum(trial.user_attrs.get("device_hours", 0.0) for trial in trials)
+    spent = {t.user_attrs["cell"]: t.user_attrs.get("device_hours", 0.0) for t in trials if "cell" in t.user_attrs}
     ended = ", ".join(
         f"{count} {word}"
         for state, word in (("COMPLETE", "to the end"), ("PRUNED", "ended early"), ("FAIL", "not possible"))
         if (count := sum(trial.state.name == state for trial in trials))
     )
-    lines = [f"{family.name}: {counted(len(trials), 'trial')} ({ended}), {hours:.3g} device-hours."]
+    lines = [f"{family.name}: {counted(len(trials), 'trial')} ({ended}), {sum(spent.values()):.3g} device-hours."]
     if complete:
         best = best_of(complete)
         own = next((trial for trial in complete if trial.user_attrs.get("own")), None)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
+ATTEMPTS = 3  # failures of a trial's cell, one per `ablate tune`, until the trial has failed
 PATIENCE = 60  # seconds that another tuner may take to choose its next trial
 
 
@@ -71,7 +72,6 @@ class Tuning:
     console: Console
     workers: int = 1
     pause: float = 0.5  # seconds between looks at the cells
-    failed: list[str] = field(default_factory=list)
     studies: dict[str, Study] = field(init=False)
     running: list[_Running] = field(default_factory=list)
     left: set[tuple[str, int]] = field(default_factory=set)  # trials that failed here; the next start tries them again
@@ -171,9 +171,11 @@ class Tuning:
                 try:
                     stack.enter_context(lock(self.results))
                     break
-                except InputError:
+                except InputError:  # taken; `lock` has waited a moment
                     if time.monotonic() > end:
-                        raise
+                        raise InputError(
+                            f"{self.results}: another `ablate tune` is choosing a trial, and hangs"
+                        ) from None
             yield
 
     def _ended(self, running: _Running) -> bool:
@@ -209,17 +211,26 @@ class Tuning:
         if running.hopeless and record and not record.status.final:
             stop(running.folder, running.hopeless, discard=True)
             record = read_record(running.folder)
-        spent = (record.cost.device_hours + record.cost.lost / 3600) if record else 0.0
+        spent = _hours(record)
         value = _measured(record.metrics) if record else None
         if record and record.status is Status.DONE and value is not None:
             self._tell(study, trial, claim, "COMPLETE", value, spent)
         elif record and record.status.final:
             self._tell(study, trial, claim, "PRUNED", why=f"{record.status}: {record.message}", device_hours=spent)
         else:
-            self.left.add((running.family.study, trial.number))
-            self.failed.append(f"{running.folder}: {why_failed(running.folder, record)}")
-            self.console.print(self.failed[-1], style="red", markup=False)
-            claim.close()
+            self._failed(running, record)
+
+    def _failed(self, running: _Running, record: Record | None) -> None:
+        """Leave a trial whose cell failed to the next start, unless it has failed too often."""
+        study, trial, claim = running.study, running.trial, running.claim
+        why, failures = why_failed(running.folder, record), trial.user_attrs.get("failures", 0) + 1
+        trial.set_user_attr("failures", failures)
+        if failures >= ATTEMPTS:
+            self._tell(study, trial, claim, "FAIL", why=f"failed {failures} times: {why}", device_hours=_hours(record))
+            return
+        self.left.add((running.family.study, trial.number))
+        self.console.print(f"{running.folder}: {why}", style="red", markup=False)
+        claim.close()
 
     def _tell(
         self,
@@ -250,6 +261,11 @@ class Tuning:
             if running.process:
                 running.process.wait()
             running.claim.close()
+
+
+def _hours(record: Record | None) -> float:
+    """Device-hours of a cell, with what was lost."""
+    return record.cost.device_hours + record.cost.lost / 3600 if record else 0.0
 
 
 def _measured(metrics: Any) -> float | None:
