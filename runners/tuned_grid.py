@@ -58,7 +58,8 @@ def _header(grid: Path, found: Mapping[str, tuple[Family, Sequence[FrozenTrial]]
         f"{MARK} from {grid.name}: {counted(len(found), 'combination')}, {each} trials each.",
         f"Space: {', '.join(space)}.",
         f"Budget of a trial: {_budget(family)}; seed {family.base.seed}, which this grid does not have.",
-        f"Chosen by the last held-out value on the first {family.base.recipe.evaluation.num_prompts} {SPLIT} prompts.",
+        f"Chosen by the last accuracy on the first {family.base.recipe.evaluation.num_prompts} {SPLIT} prompts (score, "
+        "where the reward has no accuracy).",
         "A combination without a row has the recipe's values: none of these are its own, or no trial has a result.",
         *([f"Other settings of the trials: {', '.join(settings)}."] if settings else []),
     ]
