@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ablate.grid import Grid
     from ablate.plan import Cell, Plan
+    from runners.mlflow_writer import SyncSummary
     from runners.preflight import Finding
 
 app = typer.Typer(
@@ -151,6 +152,14 @@ def run(
             help="Stop once all cells of the grid, --only or not, have spent them, lost time included",
         ),
     ] = None,
+    stop_when: Annotated[
+        str | None,
+        typer.Option(help="End a cell as done once an epoch fulfils this, e.g. 'reward >= 0.95'", metavar="RULE"),
+    ] = None,
+    halving: Annotated[
+        int | None,
+        typer.Option(min=1, help="So often, only the better half of the configurations goes on to twice the budget"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop")] = False,
     only_freeze: Annotated[
         bool, typer.Option("--freeze", help="Write the cells' folders for `cell`, and stop")
@@ -162,12 +171,15 @@ def run(
 ) -> None:
     """Train every cell that is not finished; the same command continues after an interruption."""
     from ablate.geometry import check_devices
+    from ablate.halving import check_choice
+    from ablate.stop_rule import StopRule
     from runners.cell_state import state_of
+    from runners.halving import run_within_limits
     from runners.hub import check_model
     from runners.launchers import make_launcher
     from runners.preflight import preflight
     from runners.sweep import freeze, in_order, run_cells
-    from runners.tracking import Mirror, compare_link, server_command
+    from runners.tracking import Mirror
 
     loaded, whole, planned = _planned(grid, settings, only, seeds)
     console = _console()
@@ -176,6 +188,8 @@ def run(
         for cell in in_order(planned.cells):
             typer.echo(f"{state_of(folder, cell).status:12} {cell.id}")
         return
+    rule = str(StopRule.parse(stop_when)) if stop_when is not None else None
+    check_choice(folder, halving, planned.cells)
     for cell in planned.cells:
         check_devices(cell.recipe, processes)
     place = (
@@ -205,10 +219,12 @@ def run(
     mirror = Mirror(folder, tracking_uri) if tracking else None
     if mirror:
         mirror.start()
+
+    def train(cells: Sequence[Cell]) -> None:
+        run_cells(folder, cells, console=console, launcher=place, attempts=attempts, device_hours=budget)
+
     try:
-        states = run_cells(
-            folder, planned.cells, console=console, launcher=place, attempts=attempts, device_hours=budget
-        )
+        run_within_limits(folder, planned.cells, train, console, halvings=halving, stop_when=rule)
     except KeyboardInterrupt:
         again = redacted(shlex.join(sys.argv[2:]))
         console.print(f"Stopped. Nothing is lost; continue with: ablate run {again}", soft_wrap=True)
@@ -218,11 +234,73 @@ def run(
             mirror.close()
     console.print(f"Figures and tables: ablate report {folder}")
     if mirror and mirror.summary:
-        link = compare_link(tracking_uri or "", mirror.summary.experiment_id, list(mirror.summary.runs.values()))
-        console.print(f"Compare the runs:   {server_command(folder, tracking_uri)}", soft_wrap=True)
-        console.print(f"                    {link}", soft_wrap=True, highlight=False)
-    if not all(state.finished for state in states):
+        _print_links(console, folder, tracking_uri, mirror.summary)
+    if not all(state_of(folder, cell).finished for cell in planned.cells):
         raise SystemExit(1)
+
+
+@app.command()
+def tune(
+    grid: GridPath,
+    trials: Annotated[int, typer.Option(min=1, help="Of each combination of objective, estimator and sampler")],
+    space: Annotated[
+        list[str],
+        typer.Option(
+            help="What may change, e.g. learning_rate=1e-5..1e-3:log, num_points=1..4:int or "
+            "objective.clip_range=0.01|0.1; repeat it for more",
+            metavar="NAME=VALUES",
+        ),
+    ],
+    settings: Settings = None,
+    only: Only = None,
+    workers: Annotated[int, typer.Option(min=1, help="Trials at a time; cores and GPUs are shared between them")] = 1,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Optuna's: a journal file, or postgresql://...; by default in the results", metavar="STORAGE"
+        ),
+    ] = None,
+    results: Results = RESULTS,
+) -> None:
+    """Search values for every combination with equal budgets, by development prompts; write GRID-tuned.yaml."""
+    from functools import partial
+
+    from ablate.space import parse_space
+    from runners.hub import check_model
+    from runners.preflight import preflight
+    from runners.studies import JOURNAL, open_storage
+    from runners.trials import SUFFIX, families, start_cell
+    from runners.tuned_grid import check_target, write_tuned_grid
+    from runners.tuning import Tuning
+
+    check_target(grid)
+    dimensions = parse_space(space)
+    _, _, planned = _planned(grid, settings, only, None)
+    console, folder, found = _console(), results / (planned.grid + SUFFIX), families(planned, dimensions)
+    for model in {family.base.recipe.model.model_dump_json(): family.base.recipe.model for family in found}.values():
+        check_model(model)
+    opened = open_storage(storage or str(folder / JOURNAL))
+    _print_findings(console, preflight([family.base for family in found], folder, workers=workers))
+    tuning = Tuning(
+        results=folder,
+        families=found,
+        storage=opened,
+        trials=trials,
+        start=partial(start_cell, workers=workers),
+        console=console,
+        workers=workers,
+    )
+    console.print(f"{counted(len(found), 'combination')}, {trials} trials each, in {folder}, {workers} at a time")
+    try:
+        complete = tuning.run()
+    except KeyboardInterrupt:
+        console.print("Stopped. Nothing is lost; the same command goes on.")
+        raise SystemExit(130) from None
+    if not complete:
+        console.print("Not all trials have ended: the same command goes on, and writes the tuned grid once they have.")
+        raise SystemExit(1)
+    ended = {family.study: (family, tuning.finished(family)) for family in found}
+    typer.echo(write_tuned_grid(grid, ended, settings or ()))
 
 
 @app.command()
@@ -238,7 +316,7 @@ def cell(
 
     if is_main():
         typer.echo(f"{done.id} {done.status} {done.message}".strip())
-    code = 0 if done.status.final else 1
+    code = 0 if done.status.settled else 1
     if hung:  # its threads would keep the process from ending
         sys.stdout.flush()
         os._exit(code)
@@ -642,6 +720,15 @@ def _console() -> Console:
 
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=WIDE if wide else None)
+
+
+def _print_links(console: Console, results: Path, tracking_uri: str | None, summary: SyncSummary) -> None:
+    """How to see the runs in MLflow."""
+    from runners.tracking import compare_link, server_command
+
+    link = compare_link(tracking_uri or "", summary.experiment_id, list(summary.runs.values()))
+    console.print(f"Compare the runs:   {server_command(results, tracking_uri)}", soft_wrap=True)
+    console.print(f"                    {link}", soft_wrap=True, highlight=False)
 
 
 def _print_findings(console: Console, findings: Iterable[Finding]) -> int:

@@ -48,14 +48,22 @@ def resolve(axis: str, value: Any, source: Source, location: Location) -> tuple[
         raise source.error(location, f"got {shown(value)}, expected {expected}")
     name, given = spec["name"], {key: v for key, v in spec.items() if key != "name"}
     try:
-        instance = instantiate(_kind(axis, name), name, given)
-        check_declarations(axis, instance)
+        return spell_out(axis, name, given)
     except FieldError as error:
         raise source.error((*location, *error.location), str(error)) from None
     except InputError as error:
         raise source.error(location, str(error)) from None
     except (ValueError, TypeError) as error:
         raise source.error(location, f"{name}: {error}") from None
+
+
+def spell_out(axis: str, name: str, given: Mapping[str, Any]) -> tuple[Component, Any]:
+    """A component with all its parameters, those not given at their defaults, and its instance.
+
+    Raises InputError for a name that does not exist, and what `instantiate` raises.
+    """
+    instance = instantiate(_kind(axis, name), name, given)
+    check_declarations(axis, instance)
     return Component(name=name, **dataclasses.asdict(instance)), instance
 
 

@@ -31,6 +31,23 @@ class Exclusion(Strict):
         return all(value in called[axis] for axis, value in named.items())
 
 
+class Tuned(Strict):
+    """Values that single combinations have in place of the recipe's, as `ablate tune` writes them."""
+
+    objective: str
+    estimator: str
+    sampler: str
+    axes: dict[str, Any] = {}
+    """Values of recipe axes; those that are not named may be any."""
+    set: dict[str, Any]
+    """Recipe fields and parameters of components: {update.learning_rate: 3e-4, objective.clip_range: 0.01}."""
+
+    def covers(self, called: Mapping[str, tuple[str, str]], axes: Mapping[str, Any]) -> bool:
+        """Whether these values are a combination's; `called` has the label and the name of each component."""
+        named = all(getattr(self, axis) in called[axis] for axis in COMPONENT_AXES)
+        return named and all(name in axes and axes[name] == value for name, value in self.axes.items())
+
+
 class GridFile(Strict):
     """The keys of a grid file."""
 
@@ -45,6 +62,7 @@ class GridFile(Strict):
     seeds: list[Annotated[int, Field(ge=0)]]
     override: dict[str, Any] = {}
     exclude: list[Exclusion] = []
+    tuned: list[Tuned] = []
 
 
 def _unknown(path: str, kind: str, others: tuple[str, ...] = ()) -> str | None:
@@ -88,6 +106,7 @@ def _check(file: GridFile, source: Source) -> None:
         for name in cell:
             if name != "recipe":
                 _check_axis(name, ("cells", i, name), file, source)
+    _check_tuned(file, source)
     if not file.seeds:
         raise source.error(("seeds",), "got no seeds, expected at least one")
     for i, seed in enumerate(file.seeds):
@@ -102,6 +121,17 @@ def _check_axis(name: str, location: Location, file: GridFile, source: Source) -
         raise source.error(location, problem)
     if holds(file.override, tuple(name.split("."))):
         raise source.error(("override", *name.split(".")), "is an axis of this grid too; give its values there")
+
+
+def _check_tuned(file: GridFile, source: Source) -> None:
+    for i, field in ((i, field) for i, row in enumerate(file.tuned) for field in row.set):
+        place = ("tuned", i, "set", field)
+        if field.partition(".")[0] in COMPONENT_AXES and "." in field:
+            continue  # which parameters there are, its component says
+        if problem := _unknown(field, "field"):
+            raise source.error(place, problem)
+        if field in file.axes or any(field in cell for cell in file.cells):
+            raise source.error(place, "is an axis of this grid too; give its values there")
 
 
 def load_grid(path: Path, settings: dict[str, Any] | None = None) -> Grid:
@@ -147,6 +177,8 @@ def _part(path: Path, file: GridFile, source: Source, place: Location, settings:
     for key, value in settings.items():
         if problem := _unknown(key, "field"):
             raise InputError(f"--set {key}={value}: {problem}")
+        if any(key in row.set for row in file.tuned):
+            raise InputError(f"--set {key}={value}: {path} has tuned values of it, combination by combination")
         if key in axes:
             values = ", ".join(map(shown, axes[key]))
             kept = "" if single else f"; --only {key}=VALUE keeps one"

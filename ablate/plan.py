@@ -20,7 +20,8 @@ from ablate.components import Component, resolve, short_label, unique_labels
 from ablate.grid import Grid
 from ablate.part import COMPONENT_AXES, Part
 from ablate.recipe import Recipe, Strict
-from ablate.source import FieldError, InputError, Location
+from ablate.source import FieldError, InputError, Location, dotted
+from ablate.variation import vary
 
 FORMAT = 1  # of the files in results/; a change in meaning raises it
 
@@ -101,9 +102,13 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
     cells: dict[str, Cell] = {}
     excluded: list[Excluded] = []
     unused = list(grid.file.exclude)
-    for c in combinations:
-        called = {axis: (labels[axis][component], component.name) for axis, component in c.components.items()}
+    untuned = list(range(len(grid.file.tuned)))
+    for written in combinations:
+        called = {axis: (labels[axis][component], component.name) for axis, component in written.components.items()}
         named = {axis: label for axis, (label, _) in called.items()}
+        rows = [i for i, row in enumerate(grid.file.tuned) if row.covers(called, written.axes)]
+        untuned = [i for i in untuned if i not in rows]
+        c = _with_tuned(grid, written, rows, versions)
         left_out = [e for e in grid.file.exclude if e.covers(called)]
         unused = [e for e in unused if e not in left_out]
         names = {axis: component.name for axis, component in c.components.items()}
@@ -120,6 +125,8 @@ def make_plan(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]] = lamb
     if unused:
         place = ("exclude", grid.file.exclude.index(unused[0]))
         raise grid.source.error(place, "fits no combination of the axes")
+    if untuned:
+        raise grid.source.error(("tuned", untuned[0]), "fits no combination of the axes")
     order = {axis: tuple(labels[axis].values()) for axis in COMPONENT_AXES}
     return Plan(
         grid=grid.file.name,
@@ -172,6 +179,23 @@ def _combinations(grid: Grid, versions: Callable[[Recipe], Mapping[str, str]]) -
                 )
 
 
+def _with_tuned(
+    grid: Grid, c: _Combination, rows: list[int], versions: Callable[[Recipe], Mapping[str, str]]
+) -> _Combination:
+    """The combination with the values of its row of `tuned`, if it has one."""
+    if not rows:
+        return c
+    if len(rows) > 1:
+        raise grid.source.error(("tuned", rows[1]), f"fits a combination that row {rows[0] + 1} fits too")
+    try:
+        recipe, components, instances = vary(c.recipe, c.components, grid.file.tuned[rows[0]].set)
+        identities = dict(versions(recipe))
+    except FieldError as error:
+        field = dotted(error.location)
+        raise grid.source.error(("tuned", rows[0], "set", field), str(error)) from None
+    return dataclasses.replace(c, recipe=recipe, components=components, instances=instances, versions=identities)
+
+
 def _labels(combinations: list[_Combination]) -> dict[str, dict[Component, str]]:
     """A label for every value of each component axis, in the order of the grid."""
     values = {axis: list(dict.fromkeys(c.components[axis] for c in combinations)) for axis in COMPONENT_AXES}
@@ -194,23 +218,30 @@ def _components(part: Part) -> dict[str, list[tuple[Component, Any]]]:
 
 
 def _cell(grid: str, c: _Combination, labels: dict[str, str], seed: int) -> Cell:
+    return make_cell(
+        grid=grid, **labels, seed=seed, axes=c.axes, components=c.components, recipe=c.recipe, versions=c.versions
+    )
+
+
+def make_cell(
+    *, components: Mapping[str, Component], seed: int, recipe: Recipe, versions: Mapping[str, str], **names: Any
+) -> Cell:
+    """A cell with the id that its content gives it; `names` are the fields that its result does not depend on."""
     content = {
         "format": FORMAT,
-        "components": {axis: part.model_dump(mode="json") for axis, part in c.components.items()},
+        "components": {axis: part.model_dump(mode="json") for axis, part in components.items()},
         "seed": seed,
-        "recipe": c.recipe.model_dump(mode="json", exclude={"scoring"}),  # a longer patience is the same cell
-        "versions": c.versions,
+        "recipe": recipe.model_dump(mode="json", exclude={"scoring"}),  # a longer patience is the same cell
+        "versions": versions,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-    readable = "-".join(short_label(axis, c.components[axis]) for axis in COMPONENT_AXES)
+    readable = "-".join(short_label(axis, components[axis]) for axis in COMPONENT_AXES)
     readable = re.sub(r"[^\w.+=-]", "_", readable)[:150]  # a parameter of one's own class may be any text
     return Cell(
         id=f"{readable}-s{seed}-{digest}",
-        grid=grid,
-        **labels,
+        components=dict(components),
         seed=seed,
-        axes=c.axes,
-        components=c.components,
-        recipe=c.recipe,
-        versions=c.versions,
+        recipe=recipe,
+        versions=dict(versions),
+        **names,
     )

@@ -6,6 +6,7 @@ results/<grid>/<cell id>/cell.json       the resolved cell
                          metrics.jsonl   append-only, one flat object per epoch
                          attempts.jsonl  one object per start of the cell's process
                          record.json     written last, atomically
+                         limits.json     what may end the cell before its budget does; see limits.py
                          samples/        before.png and after.png, same prompts and noise
                          checkpoint/     ignored by git; removed when the cell is done; ledger.json: spent so far
 """
@@ -41,13 +42,20 @@ class Status(StrEnum):
     DIVERGED = "diverged"  # a result: censored in time-to-target
     FAILED = "failed"  # with the last line of the traceback
     INTERRUPTED = "interrupted"  # resumes from its last checkpoint
+    PAUSED = "paused"  # at a rung of successive halving, until it is decided whether the cell goes on
+    STOPPED = "stopped"  # by successive halving or as a hopeless trial: censored in time-to-target
     REWARD_UNAVAILABLE = "reward_unavailable"
     EXCLUDED = "excluded"
 
     @property
     def final(self) -> bool:
         """Whether the cell is never run again."""
-        return self in (Status.DONE, Status.DIVERGED)
+        return self in (Status.DONE, Status.DIVERGED, Status.STOPPED)
+
+    @property
+    def settled(self) -> bool:
+        """Whether starting the cell again under the same limits would change nothing."""
+        return self.final or self is Status.PAUSED
 
 
 class Failure(StrEnum):
@@ -200,7 +208,7 @@ def read_record(folder: Path) -> Record | None:
 def last_record(folder: Path) -> Record | None:
     """The record that a cell's last end has left, even where the cell has been started since; raises as read_record."""
     path = folder / "record.json"
-    return _validated(Record, path) if path.exists() else None
+    return read_validated(Record, path) if path.exists() else None
 
 
 def _starts(folder: Path) -> int:
@@ -227,7 +235,7 @@ def set_aside(path: Path) -> Path:
 
 def read_plan(results: Path) -> PlanFile:
     """The plan of results/<grid>/. Raises InputError if there is none, or one of another version."""
-    return _validated(PlanFile, results / "plan.json")
+    return read_validated(PlanFile, results / "plan.json")
 
 
 def read_cell(folder: Path) -> Cell:
@@ -235,7 +243,7 @@ def read_cell(folder: Path) -> Cell:
     path = folder / "cell.json"
     if not path.exists():
         raise InputError(f"{folder}: no cell.json here; `ablate run GRID` writes it")
-    return _validated(Cell, path)
+    return read_validated(Cell, path)
 
 
 def write_ledger(folder: Path, spent: Ledger) -> None:
@@ -268,7 +276,8 @@ def _readable_record(folder: Path) -> Record | None:
         return None
 
 
-def _validated(model: type[M], path: Path) -> M:
+def read_validated(model: type[M], path: Path) -> M:
+    """A JSON file of results/ as a model. Raises InputError if it is damaged, or of another format version."""
     text = read_text(path)
     try:
         return model.model_validate(_of_this_format(text, path))

@@ -5,6 +5,8 @@ T is where a cell's curve, linear between evaluations, first reaches the target.
     diverged     it never arrives: T = infinity. That is its result; censoring it where it broke would say that it had
                  the same chances from there on as the others.
     done         censored at the end of its budget
+    stopped      by successive halving: censored at its last evaluation. All seeds of a configuration stop together,
+                 and it is compared up to there alone
     otherwise    censored at its last evaluation: what stopped it says nothing of when it would have arrived
 
 and it is not dropped: the mean over those that arrived flatters what arrives rarely. Reported is the restricted mean
@@ -14,7 +16,8 @@ and it is not dropped: the mean over those that arrived flatters what arrives ra
 up to the horizon h that all configurations share. Interval: on the logarithm, from the spread of the jackknife's
 pseudo-values (Andersen et al. 2004; without censoring before h they are min(T, h) themselves) over their mean, with
 Student's t of moderated.py. Ratios of configurations: the same for differences of logarithms. A configuration in
-which no seed arrives has no interval; its restricted mean is h, and its ratios are lower bounds.
+which no seed arrives has no interval; its restricted mean is h, and its ratios are lower bounds. So are those of a
+configuration that is followed to f < h alone, with the area up to f.
 """
 
 from __future__ import annotations
@@ -80,6 +83,14 @@ def horizon(times: pd.DataFrame) -> float:
     return float(min(finite)) if finite else float(times.loc[times["arrived"], "time"].max())
 
 
+def followed(group: pd.DataFrame, end: float) -> float:
+    """Up to where the survival curve of a configuration is known: `end`, or the last cell's censoring before it."""
+    known = group[group["status"] != DIVERGED].sort_values(["time", "arrived"], kind="stable")
+    if known.empty or known["arrived"].iloc[-1]:
+        return end
+    return min(end, float(known["time"].iloc[-1]))
+
+
 def survival(time: Array, arrived: Array) -> tuple[Array, Array]:
     """Kaplan and Meier: the distinct times of arrival, and the share of cells that has not arrived right after each."""
     steps = np.unique(time[arrived])
@@ -109,22 +120,23 @@ def times_to_target(times: pd.DataFrame, end: float) -> pd.DataFrame:
     """By configuration: GROUP, n, arrived, never (diverged), time, low, high, ratio, ratio_low, ratio_high, bound.
 
     `time` is the restricted mean; `ratio` is to the fastest configuration, chosen from the same seeds, which makes it a
-    little too large; with `bound`, no seed arrives before `end`, and time and ratio are lower bounds.
+    little too large; with `bound`, no seed arrives before `end`, or none is followed so far, and time and ratio are
+    lower bounds.
     """
     rows = []
     for key, group in times.groupby(effects.GROUP, sort=False):
         time, arrived = group["time"].to_numpy(float), group["arrived"].to_numpy(bool)
-        seen = int((arrived & (time <= end)).sum())
+        seen, until = int((arrived & (time <= end)).sum()), followed(group, end)
         row: dict[str, object] = dict(zip(effects.GROUP, key, strict=True))
         row |= {"n": len(group), "arrived": seen, "never": int((group["status"] == DIVERGED).sum())}
-        rows.append({**row, "time": restricted_mean(time, arrived, end), "bound": seen == 0})
+        rows.append({**row, "time": restricted_mean(time, arrived, until), "bound": seen == 0 or until < end})
     frame = pd.DataFrame(rows)
     spread, n = _spreads(times, end)
     variance, df = moderate(spread, n - 1)
     error = variance / n
     half = _half(error[:, None], df[:, None])
     frame["low"], frame["high"] = frame["time"] * np.exp(-half), (frame["time"] * np.exp(half)).clip(upper=end)
-    fastest = int(frame["time"].argmin())
+    fastest = int(frame["time"].mask(frame["bound"] & ~frame["bound"].all()).argmin())
     first = np.full(len(frame), fastest)
     half = _half(np.stack([error, error[first]], -1), np.stack([df, df[first]], -1))
     half[fastest] = 0
@@ -167,7 +179,8 @@ def _spreads(times: pd.DataFrame, end: float) -> tuple[Array, Array]:
     spread, n = [], []
     for _, group in times.groupby(effects.GROUP, sort=False):
         values = pseudo_values(group["time"].to_numpy(float), group["arrived"].to_numpy(bool), end)
-        known = len(values) > 1 and values.mean() > 0 and values.std() > 0
+        whole = followed(group, end) == end
+        known = whole and len(values) > 1 and values.mean() > 0 and values.std() > 0
         spread.append(values.var(ddof=1) / values.mean() ** 2 if known else np.nan)
         n.append(len(values))
     return np.array(spread), np.array(n, float)

@@ -7,6 +7,7 @@ import numpy as np
 from ablate.source import counted
 from analysis import arrival, hacking, levels, pairs, ranks
 from analysis.design import ALL
+from analysis.early_ends import early_ends
 from analysis.effect_tables import percent
 from analysis.factorial import SEEDS
 from analysis.load import Results
@@ -15,7 +16,7 @@ from analysis.style import metric_label
 
 
 def findings(results: Results, study: Study) -> list[str]:
-    """Sentences on: the best configuration, each axis, times to target, reward hacking, and short grids."""
+    """Sentences on: the best configuration, each axis, times to target, reward hacking, short grids, early ends."""
     if study.runs.empty:
         return []
     return [
@@ -24,6 +25,7 @@ def findings(results: Results, study: Study) -> list[str]:
         *_times(study),
         *_hacking(results),
         *_ranks(results, study),
+        *early_ends(results),
     ]
 
 

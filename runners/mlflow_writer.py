@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 METRICS_PER_BATCH, PARAMS_PER_BATCH, VALUE_LENGTH = 1000, 100, 500  # what every MLflow server accepts
-RUN_STATUS = {Status.DONE: "FINISHED", Status.DIVERGED: "FINISHED", Status.INTERRUPTED: "KILLED"}  # others: FAILED
+_KILLED = dict.fromkeys((Status.INTERRUPTED, Status.PAUSED, Status.STOPPED), "KILLED")
+RUN_STATUS = {Status.DONE: "FINISHED", Status.DIVERGED: "FINISHED", **_KILLED}  # others: FAILED
 FILES = ("cell.json", "metrics.jsonl", "attempts.jsonl", "record.json")
 LATEST = 2**40  # seconds since 1970 that MLflow's columns can hold
 NOTE = "mlflow.note.content"  # the description that people write on a run's page

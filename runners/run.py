@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from ablate.attempts import book_lost
 from ablate.components import build
+from ablate.limits import Limits, reached, read_limits
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
 from ablate.recipe import Recipe, reward_terms
-from ablate.record import read_spent, write_ledger
+from ablate.record import read_metrics, read_spent, write_ledger
 from ablate.seeding import derive_seed, generator
 from ablate.source import InputError
+from ablate.stop_rule import StopRule
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.compiling import compile_seconds
@@ -58,6 +60,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss, for float16
     progress: Progress
+    limits: Limits = field(default_factory=Limits)
+    stopped: str = ""  # why the stop rule ends the cell
     batch_sizes: dict[str, int] = field(default_factory=dict)  # of rollout, update and eval, as they fitted into memory
     halvings: int = 0  # how often batch sizes are halved from the start: attempts before ran out of memory
     objective: Any = field(init=False)
@@ -165,19 +169,37 @@ class Run:
 
     @property
     def spent(self) -> bool:
-        budget, progress = self.recipe.budget, self.progress
-        if progress.target_reached:
-            return True
-        if budget.epochs is not None and progress.epoch >= budget.epochs:
-            return True
-        return budget.device_hours is not None and progress.cost.device_hours >= budget.device_hours
+        """Whether the cell is done: its budget or its target is reached, or its stop rule fulfilled."""
+        return self.progress.target_reached or bool(self.stopped) or self._reached(1)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the share of the budget is spent that the cell may go to for now."""
+        return self.limits.share < 1 and self._reached(self.limits.share)
+
+    def _reached(self, share: float) -> bool:
+        progress = self.progress
+        return reached(self.recipe.budget, share, progress.epoch, progress.cost.device_hours)
+
+    def check_stop_rule(self, metrics: Mapping[str, float]) -> None:
+        """Note whether metrics of this epoch fulfil the stop rule; all processes go by the first one's."""
+        if self.limits.stop_when is not None and not self.stopped:
+            rule = StopRule.parse(self.limits.stop_when)
+            self.stopped = self.world.everyone(rule.fulfilled(self._line(metrics)))[0]
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and remember where it ends."""
         if not self.world.main:
             return
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self._line(metrics)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint relies on it
+            self.progress.metrics_bytes = file.tell()
+
+    def _line(self, metrics: Mapping[str, float]) -> dict[str, float]:
         progress, cost = self.progress, self.progress.cost
-        line = {
+        return {
             "epoch": progress.epoch,
             "update": progress.update,
             "device_hours": round(cost.device_hours, 7),
@@ -185,11 +207,6 @@ class Run:
             **{name: value for name, value in metrics.items() if math.isfinite(value)},  # the rest is missing
             **cost.flat(),
         }
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint relies on it
-            progress.metrics_bytes = file.tell()
 
 
 def set_up(
@@ -221,6 +238,8 @@ def set_up(
     world.share([tensor for tensors in policy.state().values() for tensor in tensors])
     if world.main:
         _go_back_to(progress, folder)
+    limits = read_limits(folder)
+    stopped = world.everyone(_stopped_before(folder, limits) if world.main else "")[0]
     return Run(
         folder=folder,
         cell=cell,
@@ -234,6 +253,8 @@ def set_up(
         scaler=scaler,
         progress=progress,
         halvings=halvings,
+        limits=limits,
+        stopped=stopped,
     )
 
 
@@ -259,6 +280,12 @@ def _check(rewards: Sequence[tuple[WeightedSum, Scorer]], device: torch.device, 
         problem = str(error)
     if problem := next(filter(None, world.everyone(problem)), ""):
         raise RewardUnavailable(problem)
+
+
+def _stopped_before(folder: Path, limits: Limits) -> str:
+    """Why the stop rule is fulfilled where a cell resumes; empty where it is not. A cell ends with an evaluation."""
+    last = (read_metrics(folder) or [{}])[-1]
+    return StopRule.parse(limits.stop_when).fulfilled(last) if limits.stop_when and "eval/score" in last else ""
 
 
 def _go_back_to(progress: Progress, folder: Path) -> None:

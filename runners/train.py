@@ -18,6 +18,7 @@ from ablate.geometry import check_devices
 from ablate.record import Failure, Record, Status, read_cell, read_metrics, read_spent, write_atomic
 from ablate.secrets import redacted
 from ablate.source import InputError
+from ablate.stop_rule import StopRule
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.collect import collect
@@ -55,7 +56,8 @@ def train_cell(folder: Path) -> Record:
             identities = {name: reward.identity for name, reward in rewards_of(cell.recipe)[0].rewards.items()}
             run = set_up(folder, cell, world=world, halvings=attempts[-1].halvings)
             progress, identities = run.progress, run.identities
-            status = Status.DONE if _train(run, interrupted) else Status.INTERRUPTED
+            status = _train(run, interrupted)
+            message = _early_end(run, status)
             if status.final and cell.recipe.export_weights and world.main:
                 with run.booked("checkpoint"):
                     export(folder, cell, run.policy)
@@ -112,12 +114,24 @@ def _first_to_fail(folder: Path) -> bool:
     return True
 
 
-def _train(run: Run, interrupted: list[float]) -> bool:
-    """Epochs until the budget is spent; False when a signal asked to stop."""
+def _early_end(run: Run, status: Status) -> str:
+    """What ended a cell before its budget did, or that its stop rule could not; empty where there is nothing to say."""
+    if status is Status.PAUSED:
+        return f"paused after {run.limits.share:.4g} of its budget"
+    if run.stopped:
+        return f"stopped by its rule {run.stopped}"
+    rule = run.limits.stop_when
+    if status is Status.DONE and rule and not any(StopRule.parse(rule).metric in x for x in read_metrics(run.folder)):
+        return f"its stop rule {rule!r} asks for a metric that was never logged"
+    return ""
+
+
+def _train(run: Run, interrupted: list[float]) -> Status:
+    """Epochs until the budget is spent or a limit reached; INTERRUPTED when a signal asked to stop."""
     recipe, progress = run.recipe, run.progress
     if progress.pending or not progress.metrics_bytes:
         _evaluate_and_log(run)
-    while not run.spent:
+    while not run.spent and not run.paused:
         before = progress.cost
         try:
             metrics = train_epoch(run)
@@ -127,7 +141,8 @@ def _train(run: Run, interrupted: list[float]) -> bool:
             raise
         progress.epoch += 1
         stop = run.agreed(bool(interrupted) or cell_is_asked(run.folder))
-        due = progress.epoch % recipe.evaluation.every == 0 or run.spent
+        run.check_stop_rule(metrics)
+        due = progress.epoch % recipe.evaluation.every == 0 or run.spent or run.paused
         if due:
             progress.pending = metrics
         else:
@@ -135,16 +150,19 @@ def _train(run: Run, interrupted: list[float]) -> bool:
         if stop or due or progress.epoch % recipe.checkpoint_every == 0:
             _save(run)  # before an evaluation too, which may take longer than a stop may
         if stop:
-            return False
+            return Status.INTERRUPTED
         if due:
             _evaluate_and_log(run)
-    return True
+            if run.paused:
+                _save(run)  # with the evaluation, so that the next start does not repeat it
+    return Status.DONE if run.spent else Status.PAUSED
 
 
 def _evaluate_and_log(run: Run) -> None:
     """Evaluate, and log that with the metrics of the epoch before, which the checkpoint holds."""
-    evaluated = evaluate(run)
-    run.log(run.progress.pending | evaluated)
+    metrics = run.progress.pending | evaluate(run)
+    run.log(metrics)
+    run.check_stop_rule(metrics)
     run.progress.pending = {}
 
 

@@ -73,6 +73,54 @@ def test_a_mistake_in_an_option_is_one_line(ablate: Command, words: list[str], p
         assert part in err
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["run", TINY, "--stop-when", "rewrd >= 0.95"], "unknown metric 'rewrd', did you mean 'reward'?"),
+        (["run", TINY, "--stop-when", "reward >= high"], "got 'high', expected a finite number"),
+        (["tune", TINY, "--trials", "2", "--space", "learning_rat=1e-5..1e-3"], "did you mean 'update.learning_rate'?"),
+        (["tune", TINY, "--trials", "2", "--space", "objective.clip_rang=1..2"], "did you mean 'clip_range'?"),
+        (
+            ["tune", TINY, "--trials", "2", "--space", "kl.coef=0..1", "--storage", "sqlite:///a.db", "--workers", "2"],
+            "SQLite hands one trial to two workers",
+        ),
+    ],
+)
+def test_a_mistake_in_what_ends_cells_or_is_tuned_starts_nothing(
+    ablate: Command, tmp_path: Path, words: list[str], part: str
+) -> None:
+    code, out, err = ablate(*words, "--results", tmp_path / "results")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert part in err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--stop-when", "reward>=0.95"], {"stop_when": "rollout/score >= 0.95", "share": 1.0}),
+        (["--halving", "2"], {"stop_when": None, "share": 0.25}),
+        (["--halving", "1", "--stop-when", "epoch > 3"], {"stop_when": "epoch > 3", "share": 0.5}),
+        ([], None),
+    ],
+)
+def test_a_run_limits_its_cells_as_it_was_asked(
+    ablate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], expected: dict[str, Any] | None
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("runners.sweep.run_cells", lambda _, cells, **__: started.append([c.id for c in cells]))
+    monkeypatch.setattr("runners.preflight.preflight", lambda *_, **__: [])
+    options = ["--only", "objective=dpo", "--seeds", "0", "--no-tracking", "--results", str(tmp_path)]
+    code, _, err = ablate("run", TINY, *options, *words)
+    assert (code, err) == (1, "")  # nothing is done
+    (cells,) = started
+    assert len(cells) == 11
+    for cell in cells:
+        path = tmp_path / "tiny" / cell / "limits.json"
+        assert (json.loads(path.read_text()) if path.exists() else None) == (expected and {"format": 1, **expected})
+    assert (tmp_path / "tiny" / "halving.json").exists() == ("--halving" in words)
+
+
 def plan(ablate: Command, *words: str) -> list[dict[str, Any]]:
     code, out, err = ablate("plan", TINY, "--json", *words)
     assert (code, err) == (0, "")
@@ -125,7 +173,7 @@ def test_help_is_instant_and_needs_no_torch() -> None:
     code += "print({'torch', 'pandas', 'mlflow'} & set(sys.modules), file=sys.stderr)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (ended.returncode, ended.stderr) == (0, "set()\n")
-    for command in ("plan", "run", "cell", "status", "report", "sync", "list"):
+    for command in ("plan", "run", "tune", "cell", "status", "report", "sync", "list"):
         assert command in ended.stdout
 
 

@@ -31,15 +31,16 @@ class LocalLauncher:
         self.slots = {slot: cell for slot, cell in self.slots.items() if cell.poll() is None}
         slot = min(set(range(self.places)) - self.slots.keys())
         threads = fair_threads(self.places * self.processes)
-        own = environments(self.processes, self._devices(slot), threads)
+        own = environments(self.processes, devices_of(slot, self.places, self.processes), threads)
         cell = self.slots[slot] = start(folder, own)
         return cell
 
-    def _devices(self, slot: int) -> list[str]:
-        """The GPUs of a slot; with fewer GPUs than processes, slots share them."""
-        devices = visible_gpus() if self.places > 1 else []
-        first = slot * self.processes
-        return [devices[(first + rank) % len(devices)] for rank in range(self.processes)] if devices else []
+
+def devices_of(slot: int, places: int, processes: int = 1) -> list[str]:
+    """The GPUs of one of `places`; with fewer GPUs than processes, they share them."""
+    devices = visible_gpus() if places > 1 else []
+    first = slot * processes
+    return [devices[(first + rank) % len(devices)] for rank in range(processes)] if devices else []
 
 
 def check_gpus(processes: int) -> None:

@@ -1,0 +1,78 @@
+"""Where studies are stored: a journal or PostgreSQL, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+
+from ablate.source import InputError
+from runners.studies import open_storage
+
+POSTGRESQL = os.environ.get("ABLATE_TEST_POSTGRESQL", "")  # URL of an empty database
+
+
+@pytest.mark.parametrize("where", ["sqlite:///studies.db", "sqlite+pysqlite:///studies.db", "studies.db", "a.sqlite3"])
+def test_sqlite_is_refused_with_the_reason(where: str) -> None:
+    with pytest.raises(InputError, match="SQLite hands one trial to two workers; expected a journal file"):
+        open_storage(where)
+
+
+def test_other_databases_are_refused_without_showing_their_password() -> None:
+    with pytest.raises(InputError, match=r"got mysql://\.\.\., expected a journal file or postgresql://") as error:
+        open_storage("mysql://me:secret@host/studies")
+    assert "secret" not in str(error.value)
+
+
+def test_a_database_that_does_not_answer_is_one_line_without_its_password() -> None:
+    with pytest.raises(InputError) as error:
+        open_storage("postgresql://me:secret@127.0.0.1:9/studies")
+    assert str(error.value).startswith("--storage postgresql://...: ")
+    assert len(str(error.value).splitlines()) == 1
+    assert "secret" not in str(error.value)
+
+
+def test_without_optuna_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(InputError, match=r"`ablate tune` needs Optuna: pip install 'ablate\[tune\]'"):
+        open_storage(str(tmp_path / "journal.log"))
+
+
+def numbers(storage: optuna.storages.BaseStorage) -> list[int]:
+    return [trial.number for trial in optuna.load_study(study_name="a", storage=storage).trials]
+
+
+def test_a_journal_is_read_by_optuna_itself(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "journal.log"
+    optuna.create_study(storage=open_storage(str(path)), study_name="a").ask()
+    backend = optuna.storages.journal.JournalFileBackend(str(path))
+    assert numbers(optuna.storages.JournalStorage(backend)) == [0]
+
+
+def test_a_line_that_a_kill_cut_short_does_not_spoil_the_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+    study = optuna.create_study(storage=open_storage(str(path)), study_name="a")
+    study.ask()
+    whole = path.read_bytes()
+    study.ask()
+    path.write_bytes(path.read_bytes()[: len(whole) + 7])
+    again = open_storage(str(path))
+    assert path.read_bytes() == whole
+    optuna.load_study(study_name="a", storage=again).ask()
+    assert numbers(open_storage(str(path))) == [0, 1]
+
+
+def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("one\ntwo\n")
+    with pytest.raises(InputError, match=r"notes\.txt: not a journal of Optuna"):
+        open_storage(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.skipif(not POSTGRESQL, reason="ABLATE_TEST_POSTGRESQL names no database")
+def test_studies_are_kept_in_postgresql() -> None:
+    optuna.create_study(storage=open_storage(POSTGRESQL), study_name="a").ask()
+    assert numbers(open_storage(POSTGRESQL)) == [0]
+    optuna.delete_study(study_name="a", storage=open_storage(POSTGRESQL))
