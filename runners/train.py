@@ -91,7 +91,7 @@ def train_cell(folder: Path) -> Record:
     )
     if writes:
         book_lost(folder, progress.cost.lost)
-        complete_last(folder, ended=time.time(), exit_code=int(not status.final), status=status, failure=failure)
+        complete_last(folder, ended=time.time(), exit_code=int(not status.settled), status=status, failure=failure)
         write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
         if status.final:
             checkpoint.discard(folder)
