@@ -181,15 +181,21 @@ def cell(folder: Annotated[Path, typer.Argument(help="A cell's folder under resu
     from runners.distributed import is_main
 
     read_cell(folder)
+    hung: list[str] = []
     with lock(folder) if is_main() else nullcontext():
         done = read_record(folder)
         if done is None or not done.status.final:
+            from runners.scoring import hung
             from runners.train import train_cell
 
             done = train_cell(folder)
     if is_main():
         typer.echo(f"{done.id} {done.status} {done.message}".strip())
-    raise SystemExit(0 if done.status.final else 1)
+    code = 0 if done.status.final else 1
+    if hung:  # its threads would keep the process from ending
+        sys.stdout.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 @app.command()

@@ -238,6 +238,8 @@ class ScoringRecipe(Strict):
     max_missing: Share = 0.25
     """Share of an epoch's groups, or of held-out images, without a score past which the cell ends as
     `reward_unavailable`, to be resumed."""
+    offload: bool = False
+    """Weights of rewards are on the device only while they score."""
 
 
 class BudgetRecipe(Strict):

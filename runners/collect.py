@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ from ablate.flow import NOISE_SCHEDULES, Velocity
 from ablate.rollout import Rollout, concatenate, select
 from ablate.seeding import derive_seed, streams
 from runners.embeddings import Conditioning
-from runners.evaluation import batches, means
+from runners.evaluation import averages, batches, means
 from runners.rewards.protocol import Images
 from runners.run import Run
 from runners.scoring import keep_unscored
@@ -79,8 +78,7 @@ def collect(run: Run) -> Samples:
         if unequal:
             parts.append(drawn.groups(unequal, recipe.group_size))
     samples = _scored(parts[0] if len(parts) == 1 else _joined(parts))
-    names = dict.fromkeys(name for m in metrics for name in m)
-    return replace(samples, metrics={n: float(np.mean([m[n] for m in metrics if n in m])) for n in names})
+    return replace(samples, metrics=averages(metrics))
 
 
 def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
@@ -88,7 +86,7 @@ def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
     recipe, epoch, seed = run.recipe.rollout, run.progress.epoch, run.cell.seed
     size = recipe.candidates or recipe.group_size
     drawn = run.prompts.train(recipe.num_groups, np.random.default_rng(derive_seed(seed, "prompts", epoch, number)))
-    prompts = [drawn[group] for group in groups for _ in range(size)]
+    prompts = [replace(drawn[group], group=group) for group in groups for _ in range(size)]
     images: list[Images] = []
 
     def watch(rows: slice, part: Rollout) -> None:
@@ -98,30 +96,31 @@ def _round(run: Run, groups: Sequence[int], number: int) -> Samples:
         images.append(run.policy.decode(part.x0))
         run.scorer.hand_over(images[-1], prompts[rows])
 
+    run.fetch_rewards()
     with run.booked("rollout"):
         conditioning = run.policy.encode([p.text for p in prompts])
         indices = [group * size + i for group in groups for i in range(size)]
         rollout = roll_out(run, conditioning, indices, number, watch)
     with run.booked("reward"):
         scores = run.scorer.finish()
-        run.spend_on_rewards(scores.seconds)
-        keep_unscored(run.folder, np.concatenate(images), prompts, scores, f"epoch-{epoch}-{number}-{run.world.rank}")
+        keep_unscored(run.folder, images, prompts, scores, f"epoch-{epoch}-{number}-{run.world.rank}")
         unscored = np.array(scores.missing.reshape(len(groups), size).any(1))
         run.check_missing(scores, unscored)
-    samples = Samples(
-        rollout=rollout,
-        conditioning=conditioning,
-        rewards=torch.from_numpy(scores.score[:, None] if scores.terms is None else scores.terms),
-        weights=scores.weights,
-        group=torch.tensor(groups).repeat_interleave(size),
-        metrics={},
-    )
-    metrics = {
-        **{name: value for name, value in means("rollout", scores).items() if math.isfinite(value)},
-        "rollout/informative_groups": len(_unequal(samples)) / len(groups),
-        "rollout/missing_groups": float(unscored.mean()),
-    }
-    return replace(samples, metrics=run.world.mean(metrics))
+        whole, own = run.everyones(scores)
+        samples = Samples(
+            rollout=rollout,
+            conditioning=conditioning,
+            rewards=torch.from_numpy(whole.score[own, None] if whole.terms is None else whole.terms[own]),
+            weights=whole.weights,
+            group=torch.tensor(groups).repeat_interleave(size),
+            metrics={},
+        )
+        shares = {
+            "rollout/informative_groups": len(_unequal(samples)) / len(groups),
+            "rollout/missing_groups": float(unscored.mean()),
+        }
+        metrics = means("rollout", whole) | run.world.mean(shares)
+    return replace(samples, metrics=metrics)
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,10 +20,10 @@ from ablate.seeding import streams
 from runners.memory import in_memory
 from runners.policy import SD3Policy
 from runners.prompts import Prompt
-from runners.rewards import RewardOutput, WeightedSum
+from runners.rewards import RewardOutput
 from runners.rewards.protocol import Images, joined
 from runners.run import Run
-from runners.scoring import Scorer, keep_unscored
+from runners.scoring import keep_unscored
 
 NUM_PICTURED = 24  # images that are kept, in rows of six, with what the reward said of them
 
@@ -42,13 +43,14 @@ def evaluate(run: Run) -> dict[str, float]:
             images = run.in_memory(
                 "eval", size, lambda fitting: _in_batches(policy, prompts, own, recipe, sigmas, fitting)
             )
-        asked = [prompts[i] for i in own]
+        run.fetch_rewards()
+        asked = [replace(prompts[i], group=i) for i in own]
         own_scores = run.scorer(images, asked)
-        run.spend_on_rewards(own_scores.seconds)
-        keep_unscored(run.folder, images, asked, own_scores, f"evaluation-{run.progress.epoch}-{world.rank}")
+        keep_unscored(run.folder, [images], asked, own_scores, f"evaluation-{run.progress.epoch}-{world.rank}")
         run.check_missing(own_scores, own_scores.missing)
-        scores = joined(world.everyone(own_scores))
-    found = means("eval", scores, prompts) | (measure_panel(run, run.panel, images, prompts) if run.panel else {})
+        scores, _ = run.everyones(own_scores)
+        found = means("eval", scores, prompts) | measure_panel(run, images, asked)
+        run.put_rewards_away()
     target = run.recipe.budget.target
     run.progress.target_reached = target is not None and found.get("eval/accuracy", found["eval/score"]) >= target
     pictures = np.concatenate(world.everyone(images[: np.searchsorted(own, NUM_PICTURED)]))
@@ -57,19 +59,28 @@ def evaluate(run: Run) -> dict[str, float]:
     return found
 
 
-def measure_panel(run: Run, panel: WeightedSum, images: Images, prompts: Sequence[Prompt]) -> dict[str, float]:
+def measure_panel(run: Run, images: Images, prompts: Sequence[Prompt]) -> dict[str, float]:
     """What the panel says of the images of all processes: means, and their standard errors over images.
 
-    A measure that fails is missing; it ends nothing.
+    A measure that fails is missing; it ends nothing. One that compares images gets all of them, in the first process.
     """
     found: dict[str, float] = {}
-    with run.booked("eval"):
-        everything = np.concatenate(run.world.everyone(images))
-        for name, reward in panel.rewards.items():
-            scores = Scorer(reward, run.recipe.scoring.timeout)(everything, prompts)
-            score = scores.score[~scores.missing]
-            found[f"eval/panel/{name}"] = float(score.mean()) if len(score) else np.nan
-            found[f"eval/panel_se/{name}"] = float(score.std() / len(score) ** 0.5) if len(score) else np.nan
+    for name, (measure, scorer) in run.panel.items():
+        shown, of = images, list(prompts)
+        if measure.compares:
+            shown = np.concatenate(run.world.everyone(images))
+            of = [prompt for share in run.world.everyone(of) for prompt in share]
+        outputs = []
+        if not measure.compares or run.world.main:
+            outputs = [scorer(shown, of)]
+            label = f"panel-{name.replace(':', '-')}-{run.progress.epoch}-{run.world.rank}"
+            keep_unscored(run.folder, [shown], of, outputs[0], label)
+        output = joined([o for share in run.world.everyone(outputs) for o in share])
+        score = output.score[~output.missing]
+        found[f"eval/panel/{name}"] = float(score.mean()) if len(score) else np.nan
+        found[f"eval/panel_se/{name}"] = float(score.std() / len(score) ** 0.5) if len(score) else np.nan
+        if output.missing.any():
+            found[f"eval/panel_missing/{name}"] = float(output.missing.mean())
     return found
 
 
@@ -78,8 +89,11 @@ def keep_pictures(run: Run, images: NDArray[np.uint8], prompts: Sequence[Prompt]
     (run.folder / "samples").mkdir(exist_ok=True)
     picture = "after" if run.progress.epoch else "before"
     contact_sheet(images).save(run.folder / "samples" / f"{picture}.png")
-    pictured = zip(prompts[: len(images)], scores.score, scores.reasons, strict=False)
-    lines = [json.dumps({"prompt": p.text, "score": float(score), "reason": why}) + "\n" for p, score, why in pictured]
+    said = [
+        {"prompt": prompts[i].text, "score": None if scores.missing[i] else float(score), "reason": scores.reason(i)}
+        for i, score in enumerate(scores.score[: len(images)])
+    ]
+    lines = [json.dumps(line) + "\n" for line in said]
     write_atomic(run.folder / "samples" / f"{picture}.jsonl", "".join(lines))
 
 
@@ -139,6 +153,12 @@ def means(phase: str, scores: RewardOutput, prompts: Sequence[Prompt] = ()) -> d
         of_family = {f"{phase}/{name}/{tag}": _mean(v[tags == tag]) for tag in dict.fromkeys(tags.tolist())}
         found |= of_family | {f"{phase}/by_family/{name}": _mean(np.array([*of_family.values()]))}
     return found
+
+
+def averages(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each value over those that have it."""
+    names = dict.fromkeys(name for of_one in metrics for name in of_one)
+    return {name: float(np.mean([of_one[name] for of_one in metrics if name in of_one])) for name in names}
 
 
 def _mean(values: NDArray[np.float64]) -> float:

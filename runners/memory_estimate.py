@@ -149,7 +149,7 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
             gradients = 4 * trained if gradient else 0  # counted with what is trained
             return held + max(0, _peak(run) - gradients)
 
-        decoded = images_at_once(model)
+        decoded = min(images_at_once(model), recipe.rollout.batch_size)
         latents = torch.empty(decoded, *latent, dtype=dtype)
         with torch.no_grad():
             decode = _peak(lambda: autoencoder.decode(latents, return_dict=False))

@@ -62,6 +62,7 @@ class Prompt:
     tag: str = "text"
     include: Annotated[tuple[Requirement, ...], AfterValidator(_of_earlier_entries)] = ()
     exclude: tuple[Requirement, ...] = ()
+    group: int = 0  # which draw of the prompt an image belongs to: images of one are compared with each other
 
 
 class PromptSource(Protocol):
@@ -114,14 +115,16 @@ HELD_OUT_BY_FILE = ("geneval",)  # of these, those whose held-out prompts a file
 def load_prompts(recipe: PromptsRecipe) -> PromptSource:
     """The prompt source of a recipe. Raises InputError for files that cannot be read or are missing."""
     if recipe.mix != "released" and recipe.train != "geneval":
-        raise InputError(f"prompts.mix: got {recipe.mix!r}, expected 'released': {recipe.train!r} has no families to mix")
+        raise InputError(
+            f"prompts.mix: got {recipe.mix!r}, expected 'released': {recipe.train!r} has no families to mix"
+        )
+    if recipe.evaluation is not None and recipe.train in BUILT_IN and recipe.train not in HELD_OUT_BY_FILE:
+        own = f"{recipe.train!r} has held-out prompts of its own"
+        raise InputError(f"prompts.evaluation: got {recipe.evaluation!r}, expected null: {own}")
     held_out = read_prompts(Path(recipe.evaluation)) if recipe.evaluation else None
     if recipe.train in BUILT_IN:
         module, _, name = BUILT_IN[recipe.train].partition(":")
         kind = getattr(importlib.import_module(module), name)
-        if held_out is not None and recipe.train not in HELD_OUT_BY_FILE:
-            own = f"{recipe.train!r} has held-out prompts of its own"
-            raise InputError(f"prompts.evaluation: got {recipe.evaluation!r}, expected null: {own}")
         given: dict[str, Any] = {} if held_out is None else {"held_out": held_out}
         if recipe.train == "geneval":
             given["mix"] = recipe.mix

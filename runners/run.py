@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from ablate.components import build
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
-from ablate.recipe import Recipe
+from ablate.recipe import Recipe, reward_terms
 from ablate.record import read_spent, write_ledger
 from ablate.seeding import derive_seed, generator
 from ablate.source import InputError
@@ -31,6 +32,7 @@ from runners.memory import in_memory
 from runners.policy import SD3Policy
 from runners.prompts import PromptSource, check_held_out, load_prompts
 from runners.rewards import RewardOutput, RewardUnavailable, WeightedSum, load_reward
+from runners.rewards.protocol import joined
 from runners.scoring import Scorer, why_missing
 
 Result = TypeVar("Result")
@@ -50,25 +52,26 @@ class Run:
     policy: SD3Policy
     prompts: PromptSource
     reward: WeightedSum
-    panel: WeightedSum | None  # measured on held-out images alone
+    panel: dict[str, tuple[WeightedSum, Scorer]]  # each measured on held-out images alone
+    scorer: Scorer
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss, for float16
     progress: Progress
     batch_sizes: dict[str, int] = field(default_factory=dict)  # of rollout, update and eval, as they fitted into memory
-    scorer: Scorer = field(init=False)
     objective: Any = field(init=False)
     estimator: Any = field(init=False)
     sampler: Any = field(init=False)
+    _rewards_before: dict[str, float] = field(init=False)  # seconds of each reward, of the attempts before
 
     def __post_init__(self) -> None:
+        self._rewards_before = self.progress.cost.rewards
         self.objective, self.estimator, self.sampler = (build(a, self.cell.components[a]) for a in COMPONENT_AXES)
-        meanwhile = self.policy.device.type == "cuda" or self.reward.remote
-        self.scorer = Scorer(self.reward, self.recipe.scoring.timeout, meanwhile=meanwhile)
 
     @property
     def identities(self) -> dict[str, str]:
         """What each reward is, and each of the held-out panel."""
-        return self.reward.identities | (self.panel.identities if self.panel else {})
+        panel = {name: identity for measure, _ in self.panel.values() for name, identity in measure.identities.items()}
+        return self.reward.identities | panel
 
     @property
     def recipe(self) -> Recipe:
@@ -98,6 +101,7 @@ class Run:
             self.wait()
             compiling = compile_seconds() - compiled
             self.spend(**{phase: time.perf_counter() - start - compiling, "compile": compiling})
+            self._book_rewards()
             if self.world.main:
                 write_ledger(self.folder, self.progress.cost)
 
@@ -111,11 +115,33 @@ class Run:
         cost, devices = self.progress.cost, self.world.size
         self.progress.cost = cost.model_copy(update={k: getattr(cost, k) + devices * v for k, v in amounts.items()})
 
-    def spend_on_rewards(self, seconds: Mapping[str, float]) -> None:
-        """Book what each reward took, wherever it worked."""
-        cost, devices = self.progress.cost, self.world.size
-        rewards = cost.rewards | {name: cost.rewards.get(name, 0.0) + devices * s for name, s in seconds.items()}
-        self.progress.cost = cost.model_copy(update={"rewards": rewards})
+    def _book_rewards(self) -> None:
+        """What each reward has worked, wherever it worked."""
+        rewards = dict(self._rewards_before)
+        for every in (self.reward, *(measure for measure, _ in self.panel.values())):
+            for name, seconds in every.seconds.items():
+                rewards[name] = rewards.get(name, 0.0) + self.world.size * seconds
+        self.progress.cost = self.progress.cost.model_copy(update={"rewards": rewards})
+
+    def fetch_rewards(self) -> None:
+        """Bring rewards that wait in the memory of the machine back to the device."""
+        if self.recipe.scoring.offload:
+            self._move_rewards(str(self.policy.device))
+
+    def put_rewards_away(self) -> None:
+        """Make room on the device, where the recipe asks for it."""
+        if self.recipe.scoring.offload:
+            self._move_rewards("cpu")
+
+    def _move_rewards(self, device: str) -> None:
+        for every in (self.reward, *(measure for measure, _ in self.panel.values())):
+            every.load(device)
+
+    def everyones(self, scores: RewardOutput) -> tuple[RewardOutput, slice]:
+        """The scores of all processes, and where those of this one are among them."""
+        every = self.world.everyone(scores)
+        start = sum(len(of_one.score) for of_one in every[: self.world.rank])
+        return joined(every), slice(start, start + len(scores.score))
 
     def check_missing(self, scores: RewardOutput, unscored: NDArray[np.bool_]) -> None:
         """Raise RewardUnavailable on all processes where more scores are missing than the recipe bears.
@@ -158,16 +184,23 @@ class Run:
         }
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint relies on it
             progress.metrics_bytes = file.tell()
 
 
 def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: World | None = None) -> Run:
     """Load the model (or take `policy`), prompts and reward of a cell; continue from its checkpoint if there is one."""
     world = world or join()
+    reward, panel = rewards_of(cell.recipe)
     prompts = load_prompts(cell.recipe.prompts)
     check_held_out(prompts, cell.recipe, world.size)
     torch.manual_seed(derive_seed(cell.seed, "initialisation"))
     policy = policy or SD3Policy(cell.recipe.model, world.device)
+    scoring = cell.recipe.scoring
+    scorer = Scorer(reward, scoring.timeout, meanwhile=_meanwhile(reward, policy), device=str(policy.device))
+    measures = {n: (m, Scorer(m, scoring.timeout, device=str(policy.device))) for n, m in panel.items()}
+    _check([(reward, scorer), *measures.values()], policy.device, world)
     update = cell.recipe.update
     optimizer = torch.optim.AdamW(
         policy.trainable,
@@ -177,11 +210,8 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
         weight_decay=update.weight_decay,
     )
     scaler = torch.amp.GradScaler(world.device.type, enabled=cell.recipe.model.dtype == "float16")
-    reward = load_reward(cell.recipe.reward)
-    panel = load_reward(cell.recipe.evaluation.panel, "evaluation.panel") if cell.recipe.evaluation.panel else None
-    _check([reward, panel] if panel else [reward], world)
     progress = checkpoint.restore(folder, policy, optimizer, scaler) or Progress()
-    if len(set(world.everyone(progress.update))) > 1:
+    if len(set(world.everyone((progress.epoch, progress.update, progress.metrics_bytes)))) > 1:
         raise InputError(f"{folder}: the processes of this cell see different checkpoints; is it on a shared disk?")
     world.share([tensor for tensors in policy.state().values() for tensor in tensors])
     if world.main:
@@ -193,20 +223,32 @@ def set_up(folder: Path, cell: Cell, policy: SD3Policy | None = None, world: Wor
         policy=policy,
         prompts=prompts,
         reward=reward,
-        panel=panel,
+        scorer=scorer,
+        panel=measures,
         optimizer=optimizer,
         scaler=scaler,
         progress=progress,
     )
 
 
-def _check(rewards: Sequence[WeightedSum], world: World) -> None:
+def rewards_of(recipe: Recipe) -> tuple[WeightedSum, dict[str, WeightedSum]]:
+    """The reward of a recipe and, each by itself, those of its held-out panel; without their weights."""
+    panel = {term.called: load_reward((term,), "evaluation.panel") for term in reward_terms(recipe.evaluation.panel)}
+    return load_reward(recipe.reward), panel
+
+
+def _meanwhile(reward: WeightedSum, policy: SD3Policy) -> bool:
+    """Whether images are scored while others are rolled out: not on cores that both would share."""
+    return reward.remote or policy.device.type == "cuda"
+
+
+def _check(rewards: Sequence[tuple[WeightedSum, Scorer]], device: torch.device, world: World) -> None:
     """Load rewards and let each check itself. Raises RewardUnavailable on all processes where one of them fails."""
     problem = ""
     try:
-        for reward in rewards:
-            reward.load(str(world.device))
-            reward.self_check()
+        for reward, scorer in rewards:
+            reward.load(str(device))
+            scorer.check(reward.self_check)
     except RewardUnavailable as error:
         problem = str(error)
     if problem := next(filter(None, world.everyone(problem)), ""):

@@ -67,6 +67,9 @@ def accumulate_gradient(
 ) -> dict[str, Tensor]:
     """Add d(objective + kl.coef KL) / d parameters to `.grad`; returns the loss and the objective's metrics.
 
+    With `old_is_current`, the log-probs of recorded steps are compared with those of the velocities that the rollout
+    saw: `on_policy_log_ratio`, the mean distance in the estimator's unit.
+
     `scale` multiplies what the backward starts from, for gradients in float16.
     """
     num_samples, num_points = batch.probe.sigma.shape
@@ -143,10 +146,10 @@ def accumulate_gradient(
     for chunk in chunks:
         velocity = ask("current", chunk.rows, chunk.columns)
         f = estimator.log_prob(velocity, chunk.probe)
-        parts: dict[str, Tensor] = {}
+        parts = _off_policy(f.detach(), estimator, chunk.probe) if old_is_current else {}
         if weights is None:
-            loss, parts = evaluate(f, velocity, chunk)
-            parts = {"loss": loss.detach(), **parts}
+            loss, measured = evaluate(f, velocity, chunk)
+            parts |= {"loss": loss.detach(), **measured}
             loss = loss * chunk.share
         else:
             loss = (weights[chunk.rows, chunk.columns] * f).sum()
@@ -165,6 +168,13 @@ def accumulate_gradient(
         for name, value in parts.items():
             metrics[name] = metrics.get(name, torch.zeros_like(value)) + value * chunk.share
     return metrics
+
+
+def _off_policy(f: Tensor, estimator: Estimator[Any], probe: Probe) -> dict[str, Tensor]:
+    """How far log-probs [n, m] of the policy that rolled out are from those of what it said then."""
+    if probe.rollout_velocity is None:
+        return {}
+    return {"on_policy_log_ratio": (f - estimator.log_prob(probe.rollout_velocity, probe)).abs().mean()}
 
 
 def _chunks(num_samples: int, num_points: int, size: int, level: str, group_size: int) -> Iterator[tuple[slice, slice]]:

@@ -32,7 +32,9 @@ AT_ONCE = 60  # seconds that cells get to end, once they were asked to stop at o
 
 
 def freeze(results: Path, plan: Plan, grid_text: str) -> None:
-    """Write the plan and a folder with its cell.json for every cell; existing folders are left alone."""
+    """Write the plan and a folder with its cell.json for every cell;
+    an existing one is left alone, but for what is no part of its id.
+    """
     if (results / "plan.json").exists():
         read_json(results / "plan.json")  # refuses results of another version
     try:
@@ -42,10 +44,10 @@ def freeze(results: Path, plan: Plan, grid_text: str) -> None:
     write_atomic(results / "grid.yaml", grid_text)
     write_atomic(results / "plan.json", plan.to_json())
     for cell in plan.cells:
-        path = results / cell.id / "cell.json"
-        if not path.exists():
+        path, text = results / cell.id / "cell.json", cell.model_dump_json(indent=1) + "\n"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(exist_ok=True)
-            write_atomic(path, cell.model_dump_json(indent=1) + "\n")
+            write_atomic(path, text)
 
 
 def run_cells(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ablate.advantages import advantages
 from ablate.geometry import check_devices
-from ablate.record import Record, Status, read_cell, read_metrics, write_atomic
+from ablate.record import Record, Status, read_cell, read_metrics, read_spent, write_atomic
 from runners import checkpoint
 from runners.checkpoint import Progress
 from runners.collect import collect
@@ -21,7 +21,7 @@ from runners.evaluation import evaluate
 from runners.export import export
 from runners.provenance import note_attempt, provenance
 from runners.rewards import RewardUnavailable
-from runners.run import Diverged, Run, set_up
+from runners.run import Diverged, Run, rewards_of, set_up
 from runners.stopping import stop_requests
 from runners.update import update
 
@@ -38,16 +38,21 @@ def train_cell(folder: Path) -> Record:
         for name in ("traceback.txt", "record.json"):  # of an attempt before
             (folder / name).unlink(missing_ok=True)
     attempts = world.everyone(attempts)[0]  # nobody goes on, and nobody fails, before
-    progress, status, message = Progress(), Status.FAILED, ""
+    lines = read_metrics(folder)
+    progress = Progress(epoch=lines[-1]["epoch"] if lines else 0, cost=read_spent(folder))  # until it is restored
+    status, message = Status.FAILED, ""
     identities: dict[str, str] = {}
+    interrupted: list[float] = []
     writes = world.main
     try:
         with stop_requests(at_once=2) as interrupted:
+            identities = {name: reward.identity for name, reward in rewards_of(cell.recipe)[0].rewards.items()}
             run = set_up(folder, cell, world=world)
             progress, identities = run.progress, run.identities
             status = Status.DONE if _train(run, interrupted) else Status.INTERRUPTED
             if status.final and cell.recipe.export_weights and world.main:
-                export(folder, cell, run.policy)
+                with run.booked("checkpoint"):
+                    export(folder, cell, run.policy)
         leave()
     except Diverged as divergence:
         status, message = Status.DIVERGED, str(divergence)
@@ -56,8 +61,11 @@ def train_cell(folder: Path) -> Record:
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     except Exception as error:  # of the export too: its checkpoint is kept, and the next start exports again
-        status, message = Status.FAILED, f"{type(error).__name__}: {error}"
-        writes = _first_to_fail(folder)
+        if interrupted:  # and the others have ended
+            status = Status.INTERRUPTED
+        else:
+            status, message = Status.FAILED, f"{type(error).__name__}: {error}"
+            writes = _first_to_fail(folder)
     evaluated = [line for line in read_metrics(folder) if "eval/score" in line]
     last = evaluated[-1] if evaluated else {}
     record = Record(
@@ -92,8 +100,8 @@ def _first_to_fail(folder: Path) -> bool:
 def _train(run: Run, interrupted: list[float]) -> bool:
     """Epochs until the budget is spent; False when a signal asked to stop."""
     recipe, progress = run.recipe, run.progress
-    if progress.epoch == 0 or progress.pending:
-        _evaluate_and_log(run, progress.pending)
+    if progress.pending or not progress.metrics_bytes:
+        _evaluate_and_log(run)
     while not run.spent:
         before = progress.cost
         try:
@@ -104,27 +112,24 @@ def _train(run: Run, interrupted: list[float]) -> bool:
             raise
         progress.epoch += 1
         stop = run.agreed(bool(interrupted))
-        if progress.epoch % recipe.evaluation.every == 0 or run.spent:
-            _evaluate_and_log(run, metrics)
+        due = progress.epoch % recipe.evaluation.every == 0 or run.spent
+        if due:
+            progress.pending = metrics
         else:
             run.log(metrics)
-        if stop or progress.epoch % recipe.checkpoint_every == 0:
-            _save(run)
-        if stop and not run.spent:
+        if stop or due or progress.epoch % recipe.checkpoint_every == 0:
+            _save(run)  # before an evaluation too, which may take longer than a stop may
+        if stop:
             return False
+        if due:
+            _evaluate_and_log(run)
     return True
 
 
-def _evaluate_and_log(run: Run, metrics: dict[str, float]) -> None:
-    """Log the metrics of an epoch with its evaluation; they are kept where the evaluation has no rewards."""
-    try:
-        evaluated = evaluate(run)
-    except RewardUnavailable:
-        run.progress.pending = metrics
-        if metrics:
-            _save(run)
-        raise
-    run.log(metrics | evaluated)
+def _evaluate_and_log(run: Run) -> None:
+    """Evaluate, and log that with the metrics of the epoch before, which the checkpoint holds."""
+    evaluated = evaluate(run)
+    run.log(run.progress.pending | evaluated)
     run.progress.pending = {}
 
 
@@ -138,6 +143,7 @@ def _save(run: Run) -> None:
 def train_epoch(run: Run) -> dict[str, float]:
     """Roll out from the old policy, score, and update on the images' likelihoods under the shared probe."""
     samples = collect(run)
+    run.put_rewards_away()
     if not sum(run.world.everyone(len(samples.group))):  # nothing has a score
         return samples.metrics
     rewards, own = run.world.rows(samples.rewards)

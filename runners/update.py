@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from ablate.rollout import Probe, take
 from ablate.seeding import streams
 from runners.collect import Samples
 from runners.embeddings import Conditioning
+from runners.evaluation import averages
 from runners.run import Diverged, Run
 from runners.surrogate import Ask, Asked, Batch, accumulate_gradient
 
@@ -36,7 +36,7 @@ def update(run: Run, samples: Samples, advantage: Tensor) -> dict[str, float]:
         metrics.append(_step(run, samples, probe, advantage, rows, share, on_policy=on_policy))
         on_policy = False
     run.policy.blend("old", recipe.old_policy.decay(progress.update))
-    return {name: float(np.mean([m[name] for m in metrics])) for name in (metrics[0] if metrics else ())}
+    return averages(metrics)
 
 
 def draw_probe(run: Run, samples: Samples, kind: str, num_points: int | None, *labels: int) -> Probe:
@@ -90,6 +90,7 @@ def _step(
     def gradient(micro_batch_size: int) -> dict[str, Tensor]:
         run.optimizer.zero_grad()
         if share == 0:
+            run.scaler.scale(torch.zeros((), device=policy.device))  # as in the other processes
             return {}
         return accumulate_gradient(
             run.objective,
@@ -133,11 +134,10 @@ def _descend(run: Run) -> dict[str, float]:
 
 def _check_on_policy(run: Run, metrics: dict[str, float]) -> None:
     """Where rollout and update ask the same policy about the same steps, its likelihood ratio must be 1."""
-    estimator = run.estimator
-    ratio = metrics.get("log_ratio_abs", 0.0)
-    per_dimension = getattr(estimator, "unit", "dimension") == "dimension" and estimator.pool != "sum"
-    expected = "transitions" in estimator.needs and not run.recipe.rollout.truncate_timesteps
-    if expected and per_dimension and ratio > MAX_ON_POLICY_LOG_RATIO:
+    ratio = metrics.get("on_policy_log_ratio", 0.0)
+    if getattr(run.estimator, "unit", "dimension") == "nats":
+        ratio /= math.prod(run.policy.latent_shape)
+    if ratio > MAX_ON_POLICY_LOG_RATIO and not run.recipe.rollout.truncate_timesteps:
         raise RuntimeError(
             f"on-policy, the log-ratio of the trajectory is {ratio:.1e} per dimension, above "
             f"{MAX_ON_POLICY_LOG_RATIO:.0e}: the update does not see what the rollout saw (dtype, guidance, dropout?)"

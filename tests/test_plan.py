@@ -58,7 +58,7 @@ def planned(tmp_path: Path) -> Any:
     return plan
 
 
-GOLDEN = ["grpo-elbo-simple-sde-s0-31b6c1cf", "grpo-trajectory-sde-s0-d92c1e66"]
+GOLDEN = ["grpo-elbo-simple-sde-s0-9d50a9cf", "grpo-trajectory-sde-s0-b7a1de70"]
 
 
 def ids(plan: Plan) -> set[str]:

@@ -35,6 +35,7 @@ REWARDS: Mapping[str, str] = {
     "pairwise-judge": "runners.rewards.pairwise:PairwiseJudge",
     "remote": "runners.rewards.remote:RemoteReward",
 }
+RESERVED = {"score", "accuracy"}
 
 
 def reward_class(name: str) -> Any:
@@ -50,6 +51,8 @@ def load_reward(spec: RewardSpec, field: str = "reward") -> WeightedSum:
     """
     terms = reward_terms(spec)
     called = Counter(term.called for term in terms)
+    if reserved := RESERVED & called.keys():
+        raise FieldError(field, f"label {min(reserved)!r} is taken by the sum and its parts; give another label")
     if repeated := [name for name, number in called.items() if number > 1]:
         raise FieldError(field, f"{repeated[0]!r} stands for two rewards; give each a label of its own")
     return WeightedSum(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,14 +12,17 @@ from runners.rewards.protocol import Images, Reward, RewardOutput, RewardUnavail
 
 
 class WeightedSum:
-    """The sum of rewards times their weights; `terms` has each reward, parts of the same name are the first one's.
+    """The sum of rewards times their weights; `terms` has each reward.
 
-    A score is missing where that of any reward is.
+    A score is missing where that of any reward is. Where two rewards have a part of the same name, or a name is taken,
+    the later one is called `<label>.<part>`.
     """
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
         self.rewards, self.weights = rewards, weights
         self.remote = any(reward.remote for reward in rewards.values())
+        self.compares = any(reward.compares for reward in rewards.values())
+        self.seconds = dict.fromkeys(rewards, 0.0)  # that each has worked, failures included
 
     @property
     def identity(self) -> str:
@@ -35,40 +38,68 @@ class WeightedSum:
         return {name: f"{r.identity} {r.fingerprint()}".strip() for name, r in self.rewards.items()}
 
     def load(self, device: str) -> None:
-        """Bring the weights of all rewards to a device. Raises RewardUnavailable."""
-        for reward in self.rewards.values():
-            reward.load(device)
+        """Bring the weights of all rewards to a device. Raises RewardUnavailable, whatever goes wrong."""
+        for name, reward in self.rewards.items():
+            self._of(name, lambda reward=reward: reward.load(device))  # type: ignore[misc]
 
     def self_check(self) -> None:
         """Score small fixed inputs with each. Raises RewardUnavailable, whatever goes wrong."""
         for name, reward in self.rewards.items():
-            try:
-                reward.self_check()
-            except RewardUnavailable:
-                raise
-            except Exception as error:  # of somebody else's model or function
-                raise RewardUnavailable(f"reward {name}: self-check: {type(error).__name__}: {error}") from error
+            self._of(name, reward.self_check)
+
+    def _of(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except RewardUnavailable as error:
+            raise RewardUnavailable(f"reward {name}: {error}") from None
+        except Exception as error:  # of somebody else's model or function
+            raise RewardUnavailable(f"reward {name}: {type(error).__name__}: {error}") from error
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
-        outputs, seconds = {}, {}
-        for name, reward in self.rewards.items():
-            start = time.perf_counter()
-            outputs[name] = reward(images, prompts)
-            seconds[name] = time.perf_counter() - start
-            if outputs[name].score.shape != (len(images),):
-                got, expected = outputs[name].score.shape, len(images)
-                raise ValueError(f"reward {name}: got scores of shape {got} for {expected} images")
+        """The sum. Raises RewardUnavailable or RuntimeError, with the name of the reward, where one raises."""
+        outputs = {name: self._output(name, images, prompts) for name in self.rewards}
         terms = np.stack([output.score for output in outputs.values()], 1)
         weights = tuple(self.weights[name] for name in outputs)
-        parts = {name: output.score for name, output in outputs.items()} if len(outputs) > 1 else {}
-        for output in outputs.values():
-            parts = {**output.parts, **parts}
-        reasons = next((output.reasons for output in outputs.values() if output.reasons), ())
+        score = terms @ np.array(weights)
         return RewardOutput(
-            score=terms @ np.array(weights),
-            terms=terms,
-            weights=weights,
-            parts=parts,
-            reasons=reasons,
-            seconds=seconds,
+            score=score, terms=terms, weights=weights, parts=_parts(outputs), reasons=_reasons(outputs, score)
         )
+
+    def _output(self, name: str, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
+        start = time.perf_counter()
+        try:
+            output = self.rewards[name](images, prompts)
+            _check(output, len(images))
+        except RewardUnavailable as error:
+            raise RewardUnavailable(f"{name}: {error}") from None
+        except Exception as error:  # of somebody else's model or function
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+        return output
+
+
+def _check(output: RewardOutput, number: int) -> None:
+    """Raises ValueError for an output that is not that of so many images."""
+    for name, values in {"scores": output.score, **output.parts}.items():
+        if np.shape(values) != (number,):
+            raise ValueError(f"got {name} of shape {np.shape(values)} for {number} images")
+    if len(output.reasons) not in (0, number):
+        raise ValueError(f"got {len(output.reasons)} reasons for {number} images")
+
+
+def _parts(outputs: Mapping[str, RewardOutput]) -> dict[str, np.ndarray]:
+    parts = {name: output.score for name, output in outputs.items()} if len(outputs) > 1 else {}
+    for name, output in outputs.items():
+        for part, values in output.parts.items():
+            parts[f"{name}.{part}" if part in parts or part == "score" else part] = values
+    return parts
+
+
+def _reasons(outputs: Mapping[str, RewardOutput], score: np.ndarray) -> tuple[str, ...]:
+    """Of a missing score, the reasons of all rewards that have none; else those of the first reward that gives any."""
+    first = next((output.reasons for output in outputs.values() if output.reasons), ("",) * len(score))
+    reasons = list(first)
+    for row in np.flatnonzero(~np.isfinite(score)).tolist():
+        reasons[row] = "; ".join(f"{name}: {o.reason(row)}" for name, o in outputs.items() if o.missing[row])
+    return tuple(reasons) if any(reasons) else ()

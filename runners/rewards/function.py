@@ -25,6 +25,7 @@ class FunctionReward(Reward):
     """
 
     about: ClassVar[About] = About(units="the function's", source="yours")
+    compares: ClassVar[bool] = True  # it may
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 

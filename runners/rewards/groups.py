@@ -15,7 +15,8 @@ Pair = tuple[int, int]
 
 def groups(prompts: Sequence[Prompt]) -> Iterator[slice]:
     """The images of each prompt."""
-    starts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt.text != prompts[i - 1].text]
+    drawn = [(prompt.group, prompt.text) for prompt in prompts]
+    starts = [i for i in range(len(drawn)) if i == 0 or drawn[i] != drawn[i - 1]]
     return (slice(start, stop) for start, stop in pairwise([*starts, len(prompts)]))
 
 

@@ -44,6 +44,7 @@ class PairwiseReward(Reward):
     `reward` is any reward: a name, or {name: ..., and its parameters}. Its scores are recorded as `compared`.
     """
 
+    compares: ClassVar[bool] = True
     about: ClassVar[About] = About(units="share of comparisons won", source=PREF_GRPO)
     reward: str | dict[str, Any]
 
@@ -101,6 +102,7 @@ class PairwiseJudge(ChatReward):
     image is compared; null: with all.
     """
 
+    compares: ClassVar[bool] = True
     about: ClassVar[About] = About(
         units="share of comparisons won", source=f"{PREF_GRPO}; question of UnifiedReward", weights="on the server"
     )

@@ -25,8 +25,7 @@ class RewardOutput:
     """`score` [b] is what is trained on, NaN where it is missing; `parts` [b] each are recorded beside it; `reasons`
     say why an image failed.
 
-    `terms` [b, r] are the rewards whose sum with `weights` [r] the score is, None for a single one. `seconds` are what
-    each of them took.
+    `terms` [b, r] are the rewards whose sum with `weights` [r] the score is, None for a single one.
     """
 
     score: NDArray[np.float64]
@@ -34,19 +33,22 @@ class RewardOutput:
     weights: tuple[float, ...] = (1.0,)
     parts: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def missing(self) -> NDArray[np.bool_]:
         """Which images have no score, [b]."""
         return ~np.isfinite(self.score)
 
+    def reason(self, row: int) -> str:
+        """Why an image failed, or has no score."""
+        given = self.reasons[row] if self.reasons else ""
+        return given or ("not a finite number" if self.missing[row] else "")
+
 
 def joined(outputs: Sequence[RewardOutput]) -> RewardOutput:
     """The scores of several batches as those of one; what a batch does not have is missing in it."""
     first = next((o for o in outputs if not o.missing.all()), outputs[0])
     names = dict.fromkeys(name for o in outputs for name in o.parts)
-    timed = dict.fromkeys(name for o in outputs for name in o.seconds)
 
     def rows(output: RewardOutput, values: NDArray[np.float64] | None) -> NDArray[np.float64]:
         return np.full(output.score.shape, np.nan) if values is None else values
@@ -59,7 +61,6 @@ def joined(outputs: Sequence[RewardOutput]) -> RewardOutput:
         reasons=tuple(reason for o in outputs for reason in o.reasons or ("",) * len(o.score))
         if any(o.reasons for o in outputs)
         else (),
-        seconds={name: sum(o.seconds.get(name, 0.0) for o in outputs) for name in timed},
     )
 
 
@@ -92,6 +93,7 @@ class Reward(ABC):
     about: ClassVar[About]
     remote: ClassVar[bool] = False  # waits for another machine, so that this one can do something else meanwhile
     patience: ClassVar[float | None] = None  # seconds after which a call ends by itself, where it has such a limit
+    compares: ClassVar[bool] = False  # a score depends on the other images of its prompt
 
     @property
     @abstractmethod

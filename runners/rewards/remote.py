@@ -28,6 +28,7 @@ class RemoteReward(HttpReward):
     The server says which reward it has; with `expect`, it must be that one.
     """
 
+    compares: ClassVar[bool] = True  # the server's reward may
     about: ClassVar[About] = About(units="the server's", source="the server's", weights="on the server")
     remedy: ClassVar[str] = "start it (`ablate reward-server`), then run the same command again"
     batch_size: int = 32

@@ -73,6 +73,7 @@ class LayoutDiversity(Reward):
     """
 
     about: ClassVar[About] = ABOUT
+    compares: ClassVar[bool] = True
 
     @property
     def identity(self) -> str:

@@ -572,7 +572,7 @@ def test_a_cell_whose_server_dies_goes_on_when_it_is_back(tmp_path: Path, token:
     assert (record.status, record.epochs) == (Status.REWARD_UNAVAILABLE, 1)
     assert "no score for 3 of 3 groups" in record.message
     assert len(list((folder / "unscored").glob("*.png"))) == 12
-    assert url in json.loads((folder / "unscored" / "unscored.jsonl").read_text().splitlines()[0])["reason"]
+    assert url in json.loads((folder / "unscored" / "epoch-1-0-0.jsonl").read_text().splitlines()[0])["reason"]
     with reward_server("scenes", int(url.rsplit(":")[-1]), token=token):
         record = train.train_cell(folder)
     assert (record.status, record.epochs, record.attempts) == (Status.DONE, 3, 2)

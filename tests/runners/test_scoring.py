@@ -19,6 +19,7 @@ from ablate.record import Status, read_metrics
 from ablate.source import FieldError
 from runners import train
 from runners.collect import Samples, collect
+from runners.evaluation import evaluate
 from runners.prompts import Prompt
 from runners.rewards import RewardOutput, RewardUnavailable, load_reward
 from runners.rewards.protocol import fixed_inputs
@@ -48,20 +49,34 @@ def cell(reward: object, **settings: object):
     return next(c for c in planned.cells if (c.objective, c.estimator, c.sampler) == ("grpo", "elbo-simple", "ode"))
 
 
+class Bare:
+    """A function as a reward."""
+
+    def __init__(self, function, *, compares: bool = False) -> None:
+        self.function, self.compares = function, compares
+
+    def __call__(self, images, prompts):
+        return self.function(images, prompts)
+
+
 def seen(images, prompts):
     return RewardOutput(score=images[:, 0, 0, 0].astype(float))
 
 
-def test_only_the_prompts_that_a_reward_fails_on_have_no_score() -> None:
-    def of_squares_alone(images, prompts):
-        if any(p.text != "a square" for p in prompts):
-            raise ValueError(f"got {prompts[0].text}")
+@pytest.mark.parametrize("compares", [False, True])
+def test_only_the_images_that_a_reward_fails_on_have_no_score(compares: bool) -> None:
+    """Or the prompts, where it compares the images of each."""
+
+    def fails_at_one(images, prompts):
+        if 4 in images:
+            raise ValueError(f"got {prompts[-1].text}")
         return seen(images, prompts)
 
-    output = score(of_squares_alone, IMAGES, PROMPTS)
-    assert output.missing.tolist() == [True, True, False, False, True, True]
-    assert output.score[2:4].tolist() == [2, 3]
-    assert output.reasons[0] == "ValueError: got a circle"
+    output = score(Bare(fails_at_one, compares=compares), IMAGES, PROMPTS)
+    lost = [4, 5] if compares else [4]
+    assert np.flatnonzero(output.missing).tolist() == lost
+    assert output.score[:4].tolist() == [0, 1, 2, 3]
+    assert output.reasons[4] == "ValueError: got a triangle"
 
 
 def test_a_reward_that_is_out_of_reach_is_asked_once() -> None:
@@ -71,7 +86,7 @@ def test_a_reward_that_is_out_of_reach_is_asked_once() -> None:
         asked.append(len(images))
         raise RewardUnavailable("no server")
 
-    output = score(down, IMAGES, PROMPTS)
+    output = score(Bare(down), IMAGES, PROMPTS)
     assert asked == [6]
     assert output.missing.all()
     assert set(output.reasons) == {"no server"}
@@ -85,7 +100,7 @@ def test_images_of_one_prompt_are_scored_together_and_in_order(meanwhile: bool) 
         pieces.append([p.text for p in prompts])
         return seen(images, prompts)
 
-    scorer = Scorer(recorded, timeout=60, meanwhile=meanwhile)
+    scorer = Scorer(Bare(recorded), timeout=60, meanwhile=meanwhile)
     scorer.begin()
     for rows in (slice(0, 3), slice(3, 5), slice(5, 6)):
         scorer.hand_over(IMAGES[rows], PROMPTS[rows])
@@ -102,7 +117,7 @@ def test_scoring_goes_on_while_the_caller_does_something_else() -> None:
         begun.set()
         return seen(images, prompts)
 
-    scorer = Scorer(waits, timeout=60, meanwhile=True)
+    scorer = Scorer(Bare(waits), timeout=60, meanwhile=True)
     scorer.begin()
     scorer.hand_over(IMAGES, PROMPTS)
     assert begun.wait(10)  # before anybody asked for the scores
@@ -118,7 +133,7 @@ def test_many_images_are_scored_in_pieces() -> None:
 
     prompts = [Prompt(text=str(i // 24)) for i in range(24 * 24)]
     images = np.zeros((len(prompts), 1, 1, 3), np.uint8)
-    assert len(Scorer(recorded, timeout=60)(images, prompts).score) == len(prompts)
+    assert len(Scorer(Bare(recorded), timeout=60)(images, prompts).score) == len(prompts)
     assert len(sizes) > 1
     assert all(size % 24 == 0 and size <= AT_ONCE for size in sizes)
 
@@ -130,7 +145,7 @@ def test_a_reward_that_hangs_is_given_up_and_stays_so() -> None:
         let_go.wait()
         return seen(images, prompts)
 
-    scorer = Scorer(hangs, timeout=0.2)
+    scorer = Scorer(Bare(hangs), timeout=0.2)
     start = time.monotonic()
     assert scorer(IMAGES, PROMPTS).reasons[0] == "no answer within 0.2 s"
     assert scorer(IMAGES, PROMPTS).missing.all()  # at once
@@ -138,13 +153,21 @@ def test_a_reward_that_hangs_is_given_up_and_stays_so() -> None:
     let_go.set()
 
 
-def test_threads_end_with_their_work() -> None:
-    before = threading.active_count()
-    scorer = Scorer(seen, timeout=60)
+def test_a_scorer_has_one_thread_which_ends_with_it() -> None:
+    threads = set()
+
+    def noticed(images, prompts):
+        threads.add(threading.current_thread())
+        return seen(images, prompts)
+
+    scorer = Scorer(Bare(noticed), timeout=60)
     for _ in range(3):
         scorer(IMAGES, PROMPTS)
-    while threading.active_count() > before:
-        time.sleep(0.01)
+    (thread,) = threads
+    assert thread.is_alive()
+    del scorer
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("name", ["not_of_circles", "raises_at_circles"])
@@ -156,18 +179,21 @@ def test_groups_without_a_score_are_left_out_and_counted(name: str, tmp_path: Pa
     assert samples.score.isfinite().all()
     assert len(samples.rollout.x0) == len(samples.conditioning.tokens) == 20
     assert samples.metrics["rollout/missing_groups"] == pytest.approx(1 / 6)
-    kept = [json.loads(line) for line in (tmp_path / "unscored" / "unscored.jsonl").read_text().splitlines()]
+    kept = [json.loads(line) for line in (tmp_path / "unscored" / "epoch-0-0-0.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in kept] == ["a circle"] * 4
     assert all((tmp_path / "unscored" / line["image"]).exists() for line in kept)
     reasons = {"not_of_circles": "not a finite number", "raises_at_circles": "ValueError: no circles, please"}
-    assert kept[0]["reason"] == reasons[name]
+    assert kept[0]["reason"] == f"own_rewards:{name}: {reasons[name]}"
 
 
 class OneCircle:
     """Six prompts, the third with a circle."""
 
+    def __init__(self, circles=(2,)) -> None:
+        self.circles = circles
+
     def train(self, num_prompts, generator):
-        return [Prompt(text="a circle" if i == 2 else f"a square {i}") for i in range(num_prompts)]
+        return [Prompt(text="a circle" if i in self.circles else f"a square {i}") for i in range(num_prompts)]
 
     def fixed(self, split, num_prompts):
         return self.train(num_prompts, None)
@@ -196,7 +222,7 @@ def all_but(samples: Samples, group: int) -> Samples:
 def test_an_epoch_without_any_score_takes_no_step(tmp_path: Path) -> None:
     run = set_up(tmp_path, cell("own_rewards:not_of_circles", **{"scoring.max_missing": 0.99}))
     run.prompts = OneCircle()
-    run.scorer = Scorer(lambda images, prompts: RewardOutput(score=np.full(len(images), np.nan)), 60)
+    run.scorer = Scorer(Bare(lambda images, prompts: RewardOutput(score=np.full(len(images), np.nan))), 60)
     run.check_missing = lambda *_: None
     before = [p.clone() for p in run.policy.trainable]
     metrics = train.train_epoch(run)
@@ -221,7 +247,7 @@ def test_a_cell_whose_reward_goes_away_resumes_to_the_same_metrics(calls: int, t
     left.write_text("1000")
     record = train.train_cell(parts)
     assert record.status is Status.DONE
-    assert (record.cost.lost > 0) == (calls in (3, 5))  # an evaluation or a rollout that had to be repeated
+    assert (record.cost.lost > 0) == (calls in (3, 5, 7))  # an evaluation or a rollout that had to be repeated
 
     def comparable(folder: Path) -> list[dict[str, float]]:
         lines = read_metrics(folder)
@@ -260,6 +286,32 @@ def test_impossible_rewards_are_refused(spec: object, message: str) -> None:
     recipe = Recipe.model_validate({"reward": spec, "budget": {"epochs": 1}})
     with pytest.raises(FieldError, match=message):
         load_reward(recipe.reward)
+
+
+def test_a_panel_that_fails_is_missing_and_ends_nothing(tmp_path: Path) -> None:
+    panel = ["own_rewards:brightness", "own_rewards:raises_at_circles"]
+    run = set_up(tmp_path, cell("scenes", **{"evaluation.panel": panel}))
+    run.prompts = OneCircle()
+    some = evaluate(run)
+    (line,) = (tmp_path / "unscored" / "panel-own_rewards-raises_at_circles-0-0.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"] == "a circle"
+    run.prompts = OneCircle(circles=range(6))
+    none = evaluate(run)
+    brightness, circles = ("own_rewards:brightness", "own_rewards:raises_at_circles")
+    for found, missing in ((some, 1 / 6), (none, 1)):
+        assert found[f"eval/panel_missing/{circles}"] == pytest.approx(missing)
+        assert f"eval/panel_missing/{brightness}" not in found
+        assert np.isfinite(found[f"eval/panel/{brightness}"])
+    assert some[f"eval/panel/{circles}"] == pytest.approx(some[f"eval/panel/{brightness}"], rel=0.5)
+    assert np.isnan(none[f"eval/panel/{circles}"])
+
+
+def test_a_reward_with_another_number_of_scores_is_an_error_with_its_name() -> None:
+    reward = load_reward({"own_rewards:brightness": 1.0, "own_rewards:of_five": 0.5})
+    output = score(reward, IMAGES, PROMPTS)
+    assert output.missing.all()
+    assert output.reasons[0] == "own_rewards:of_five: ValueError: got scores of shape (5,) for 2 images"
+    assert all(seconds > 0 for seconds in reward.seconds.values())  # that of the failure too
 
 
 def test_equal_terms_are_one_instance() -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,16 +186,16 @@ def test_an_error_is_a_record_with_its_last_line(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "record.json").read_text())["status"] == "failed"
 
 
-def test_on_policy_the_trajectory_ratio_is_one(tmp_path: Path) -> None:
+ON_TRAJECTORIES = ["grpo/trajectory/sde", "reinforce/trajectory/mixed"]  # with and without a ratio of their own
+
+
+@pytest.mark.parametrize("name", ON_TRAJECTORIES)
+def test_on_policy_the_trajectory_ratio_is_one(name: str, tmp_path: Path) -> None:
     """Rollout and update see the same latents in the same type: the first update's log-ratio vanishes."""
-    cell = BY_NAME["grpo/trajectory/sde"]
-    train.train_cell(folder_of(cell, tmp_path))
-    run = set_up(folder_of(cell, tmp_path), cell)
-    metrics = train.train_epoch(run)
-    assert metrics["train/log_ratio_abs"] < 1e-2  # three updates; the first alone is below
-    update = cell.recipe.update.model_copy(update={"updates_per_epoch": 1})
-    run = set_up(tmp_path, cell.model_copy(update={"recipe": cell.recipe.model_copy(update={"update": update})}))
-    assert train.train_epoch(run)["train/log_ratio_abs"] < 1e-5
+    folder = folder_of(BY_NAME[name], tmp_path)
+    train.train_cell(folder)
+    run = set_up(folder, BY_NAME[name])
+    assert train.train_epoch(run)["train/on_policy_log_ratio"] < 1e-5
 
 
 def test_weights_can_be_exchanged_blended_and_restored() -> None:
@@ -242,7 +243,7 @@ def test_components_round_trip_through_cell_json() -> None:
 
 
 def test_checkpoints_of_nothing_are_none(tmp_path: Path) -> None:
-    assert checkpoint.restore(tmp_path, None, None, None) is None
+    assert checkpoint.restore(tmp_path, SimpleNamespace(device="cpu"), None, None) is None
 
 
 def test_a_target_ends_the_cell(tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_a_target_that_was_reached_before_a_kill_is_not_trained_on(
     evaluation = cell.recipe.evaluation.model_copy(update={"every": 2})
     folder = folder_of(cell, tmp_path, budget=budget, evaluation=evaluation, checkpoint_every=1)
     monkeypatch.setattr(evaluation_module, "means", lambda *_: {"eval/score": measured[-1]})
-    monkeypatch.setattr(train, "train_epoch", lambda _: measured.append(0.6) or {})
+    monkeypatch.setattr(train, "train_epoch", lambda _: measured.append(0.6) or {"train/loss": 0.0})
     measured = [0.4]
 
     def killed(*_: object) -> None:
@@ -348,9 +349,11 @@ def test_even_one_image_can_be_too_many(tmp_path: Path) -> None:
         train.train_epoch(run)
 
 
-def test_a_ratio_that_is_not_one_on_policy_stops_the_cell_with_the_reason(tmp_path: Path, monkeypatch) -> None:
-    cell = BY_NAME["grpo/trajectory/sde"]
-    real = train.collect
+@pytest.mark.parametrize("name", ON_TRAJECTORIES)
+def test_a_ratio_that_is_not_one_on_policy_stops_the_cell_with_the_reason(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, real = BY_NAME[name], train.collect
 
     def shaken(run):
         samples = real(run)
