@@ -216,7 +216,7 @@ class UpdateRecipe(Strict):
 
 class EvaluationRecipe(Strict):
     split: Literal["development", "evaluation", "all"] = "evaluation"
-    """Choose recipes on `development`; report `evaluation`. `all` of a benchmark's file, where nothing is chosen on it."""
+    """Choose recipes on `development`; report `evaluation`, or `all` where nothing was chosen on either."""
     num_prompts: Count = 600
     panel: tuple[str | RewardTerm, ...] = ()
     """Rewards that are measured on the held-out images and never trained on; reports look there for reward hacking."""

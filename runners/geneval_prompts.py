@@ -1,18 +1,20 @@
 """Prompt source `geneval`: GenEval's six families over the 80 classes of COCO and ten colours.
 
 Sentences are those of GenEval's `create_prompts.py` (Ghosh et al. 2023, arXiv 2310.11513), its plurals included
-("four benchs"). Families are trained on in Flow-GRPO's proportions (arXiv 2505.05470, sec. 5.1) and held out in those
-of GenEval's 553 prompts. What a held-out prompt asks for is never trained on, in any order of its objects.
+("four benchs"). Families are trained on in a mix, by default Flow-GRPO's (arXiv 2505.05470, sec. 5.1), and held out in
+the proportions of GenEval's 553 prompts. What a held-out prompt asks for is never trained on, in any order of its
+objects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import ClassVar
+from itertools import chain
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from runners.prompts import Prompt, Requirement, in_turn
+from runners.prompts import HALVES, Prompt, Relation, Requirement, in_turn
 
 # in COCO's order, as GenEval's prompts name them
 CLASSES = (
@@ -27,11 +29,15 @@ CLASSES = (
     "hair drier", "toothbrush",
 )  # fmt: skip
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
+RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below")
 OPPOSITE = {"right of": "left of", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
-TRAIN_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
+# how often a family is trained on; all 80 single objects are held out
+MIXES = {
+    "released": {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0},
+    "equal": {"position": 1, "counting": 1, "color_attr": 1, "colors": 1, "two_object": 1, "single_object": 0},
+}
 # prompts of each of the two held-out splits: half of GenEval's, as there are no more than 80 single objects
 HELD_OUT = {"single_object": 40, "two_object": 50, "counting": 40, "colors": 47, "position": 50, "color_attr": 50}
 HELD_OUT_SEED = 0
@@ -45,17 +51,19 @@ class GenEvalPrompts:
 
     identity: ClassVar[str] = "geneval-1"  # part of every cell id
 
-    def __init__(self, held_out: Sequence[Prompt] | None = None) -> None:
+    def __init__(
+        self, held_out: Sequence[Prompt] | None = None, *, mix: Literal["released", "equal"] = "released"
+    ) -> None:
         self._splits = own_splits() if held_out is None else in_turn(held_out)
-        self._never = {meaning(prompt) for prompts in self._splits.values() for prompt in prompts}
-        weights = np.array(list(TRAIN_MIX.values()), float)
+        self._never = {meaning(prompt) for prompt in self._splits["all"]}
+        self._families, weights = list(MIXES[mix]), np.array(list(MIXES[mix].values()), float)
         self._bounds = weights.cumsum() / weights.sum()
 
     def train(self, num_prompts: int, generator: np.random.Generator) -> list[Prompt]:
         """Each family as often as its weight says, to within one."""
         places = (np.arange(num_prompts) + generator.random()) / num_prompts
         families = np.searchsorted(self._bounds, generator.permuted(places), side="right")
-        return [_draw_new(list(TRAIN_MIX)[family], generator, self._never) for family in families]
+        return [_draw_new(self._families[family], generator, self._never) for family in families]
 
     def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
         own = self._splits[split]
@@ -63,11 +71,11 @@ class GenEvalPrompts:
 
 
 def own_splits() -> dict[str, list[Prompt]]:
-    """The development and the evaluation split. Any beginning of a split has the families in proportion."""
+    """The two held-out splits, and `all` of both in turn. Any beginning of each has the families in proportion."""
     generator = np.random.default_rng(HELD_OUT_SEED)
     drawn: set[Hashable] = set()
     splits = {}
-    for split in ("development", "evaluation"):
+    for split in HALVES:
         placed = []
         for tag, number in HELD_OUT.items():
             for i in range(number):
@@ -75,6 +83,7 @@ def own_splits() -> dict[str, list[Prompt]]:
                 drawn.add(meaning(prompt))
                 placed.append(((i + 0.5) / number, prompt))
         splits[split] = [prompt for _, prompt in sorted(placed, key=lambda pair: pair[0])]
+    splits["all"] = list(chain.from_iterable(zip(*splits.values(), strict=True)))
     return splits
 
 
@@ -97,7 +106,7 @@ def draw(tag: str, generator: np.random.Generator) -> Prompt:
     classes = generator.choice(CLASSES[1:] if colored else CLASSES, number, replace=False).tolist()
     colors = generator.choice(COLORS, number, replace=False).tolist() if colored else [None] * number
     count = int(generator.integers(2, 5)) if tag == "counting" else 1
-    relation = RELATIONS[generator.integers(4)] if tag == "position" else None
+    relation = RELATIONS[int(generator.integers(4))] if tag == "position" else None
     include = tuple(
         Requirement(cls=cls, count=count, color=color, position=(relation, 0) if relation and i else None)
         for i, (cls, color) in enumerate(zip(classes, colors, strict=True))

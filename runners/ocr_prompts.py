@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from runners.prompts import Prompt
+from runners.prompts import Prompt, halves
 
 FAMILIES = ("one_word", "two_words", "three_words", "four_words")
 HELD_OUT = 512  # texts of a family in each held-out split, at most
@@ -107,10 +107,11 @@ class OCRPrompts:
 
     def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
         """The lengths in turn; where a length has no more texts, they come again in other sentences."""
-        generator = np.random.default_rng({"development": 1, "evaluation": 2}[split])
-        families = [(tag, self._splits[split][tag]) for tag in FAMILIES]
-        turns = [(*families[i % 4], i // 4) for i in range(num_prompts)]
-        return [_sentence(tag, texts[turn % len(texts)], generator) for tag, texts, turn in turns]
+        generator = np.random.default_rng({"development": 1, "evaluation": 2, "all": 3}[split])
+        families = [(tag, self._splits[half][tag]) for half in halves(split) for tag in FAMILIES]
+        turns = [divmod(i, len(families)) for i in range(num_prompts)]
+        chosen = [(*families[family], turn) for turn, family in turns]
+        return [_sentence(tag, texts[turn % len(texts)], generator) for tag, texts, turn in chosen]
 
 
 def all_texts() -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from ablate.recipe import PromptsRecipe, Recipe
 from ablate.source import InputError, counted, dotted, problems, read_text
 
-
+HALVES = ("development", "evaluation")  # of held-out prompts
 Relation = Literal["left of", "right of", "above", "below"]
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -94,14 +94,18 @@ class ListedPrompts:
         return in_turn(self.fixed_prompts)[split][:num_prompts]
 
 
+def halves(split: str) -> tuple[str, ...]:
+    """What a split of held-out prompts consists of: of itself, or of both halves where it is `all`."""
+    return HALVES if split == "all" else (split,)
+
+
 def in_turn(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     """Different sentences go in turn to the development and the evaluation split, repetitions with them.
 
     `all` is every one in its order.
     """
     turn = {text: i % 2 for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
-    halves = enumerate(("development", "evaluation"))
-    return {"all": list(prompts)} | {split: [p for p in prompts if turn[p.text] == own] for own, split in halves}
+    return {"all": list(prompts)} | {h: [p for p in prompts if turn[p.text] == own] for own, h in enumerate(HALVES)}
 
 
 BUILT_IN: Mapping[str, str] = {

@@ -35,8 +35,8 @@ class GenEvalReward(Reward):
     """Partial credit for counts, colours and positions is trained on; `accuracy` is GenEval's measure, `strict` its
     form that takes no more objects than asked for.
 
-    `released` scores as the released training reward does; see `verdict`. `folder` holds local weights in `detector` and
-    `classifier`. An image of a prompt that asks for no object, or for one that COCO does not have, has no score.
+    `released` scores as the released training reward does; see `verdict`. `folder` holds local weights, in `detector`
+    and `classifier`. An image of a prompt that asks for no object, or for one that COCO does not have, has no score.
     """
 
     about: ClassVar[About] = About(

@@ -190,7 +190,9 @@ class _Exchange:
     def _shown(self, content: bytes | bytearray) -> str:
         """The beginning of what a server said, on one line; escapes of JSON, in which the token may hide, undone."""
         start = bytes(content[: 8 * SHOWN + len(self.token or "")]).decode(errors="replace")
-        plain = re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.))", lambda found: chr(int(found[1], 16)) if found[1] else found[2], start)
+        plain = re.sub(
+            r"\\(?:u([0-9a-fA-F]{4})|(.))", lambda found: chr(int(found[1], 16)) if found[1] else found[2], start
+        )
         text = " ".join(self._without_token(plain).split())
         return "".join(c if c.isprintable() else "?" for c in text[:SHOWN]) or "nothing"
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runners.prompts import Prompt, Requirement
 
-Result = TypeVar("Result")
 Images = NDArray[np.uint8]  # [b, h, w, 3] in 0..255
 
 
@@ -142,14 +141,3 @@ def fixed_inputs() -> tuple[Images, list[Prompt]]:
         include=(Requirement(cls="square", count=1, color="red"),),
     )
     return np.stack([np.full_like(square, 128), square, noise]), [prompt] * 3
-
-
-def checked(name: str, work: Callable[[], Result]) -> Result:
-    """What `work` of a reward returns. Raises RewardUnavailable with the reward's name, whatever goes wrong in it."""
-    try:
-        return work()
-    except RewardUnavailable as error:
-        problem = str(error)
-    except Exception as error:  # of somebody else's model, server or function
-        problem = f"{type(error).__name__}: {error}"
-    raise RewardUnavailable(f"reward {name}: {' '.join(problem.split())}")

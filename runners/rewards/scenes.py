@@ -50,7 +50,8 @@ class ScenesReward(Reward):
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
         found = detect(images)
         verdicts = [
-            verdict(detections, prompt, released=self.released) for detections, prompt in zip(found, prompts, strict=True)
+            verdict(detections, prompt, released=self.released)
+            for detections, prompt in zip(found, prompts, strict=True)
         ]
         return RewardOutput(
             score=np.array([v.score for v in verdicts]),

@@ -96,4 +96,6 @@ def built(what: str, build: Callable[..., Network], *folders: Path) -> Network:
 def digest_of_files(paths: Sequence[Path]) -> str:
     """SHA-256 over the digests of files, 12 hex digits; the hub's cache names large files by theirs."""
     names = ((path.resolve().name, path) for path in paths)
-    return digest("".join(name if re.fullmatch(r"[0-9a-f]{64}", name) else weights_sha256(path) for name, path in names))
+    return digest(
+        "".join(name if re.fullmatch(r"[0-9a-f]{64}", name) else weights_sha256(path) for name, path in names)
+    )

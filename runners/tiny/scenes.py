@@ -14,13 +14,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from runners.prompts import Prompt, Requirement
+from runners.prompts import Prompt, Relation, Requirement, halves
 
 IMAGE_SIZE = 32
 SHAPES = ("circle", "square", "triangle")
 COLORS = {"red": (225, 50, 50), "green": (45, 185, 75), "blue": (60, 95, 235), "yellow": (240, 210, 60)}
 GROUND = (20, 20, 26)
-RELATIONS = ("left of", "right of", "above", "below")
+RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below")
 FAMILIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -117,8 +117,10 @@ class ScenePrompts:
         return [family[generator.integers(len(family))] for family in families]
 
     def fixed(self, split: str, num_prompts: int) -> list[Prompt]:
-        families = [of_split[tag] for of_split in map(self._splits.get, halves(split)) for tag in FAMILIES]
-        return [families[i % 6][(i // 6) % len(families[i % 6])] for i in range(num_prompts)]
+        """The families in turn; where a family has no more prompts, they come again."""
+        families = [self._splits[half][tag] for half in halves(split) for tag in FAMILIES]
+        turns = [divmod(i, len(families)) for i in range(num_prompts)]
+        return [families[family][turn % len(families[family])] for turn, family in turns]
 
 
 def draw_objects(prompt: Prompt, generator: np.random.Generator) -> list[SceneObject]:

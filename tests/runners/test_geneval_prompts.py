@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from ablate.recipe import PromptsRecipe, Recipe
-from ablate.source import FieldError
-from runners.geneval_prompts import CLASSES, COLORS, HELD_OUT, TRAIN_MIX, GenEvalPrompts, draw, meaning, sentence
+from ablate.source import FieldError, InputError
+from runners.geneval_prompts import CLASSES, COLORS, HELD_OUT, MIXES, GenEvalPrompts, draw, meaning, sentence
 from runners.identity import identify
 from runners.prompts import Prompt, Requirement, load_prompts, read_prompts
 
@@ -156,13 +156,21 @@ def test_a_split_is_the_same_for_ever_and_begins_again_at_its_end(source: GenEva
     assert hashlib.sha256(texts.encode()).hexdigest()[:12] == "28d7a9f1f979"
 
 
-def test_training_has_the_released_mix(source: GenEvalPrompts) -> None:
-    generator, total = np.random.default_rng(0), sum(TRAIN_MIX.values())
-    assert list(TRAIN_MIX.values()) == [7, 5, 3, 1, 1, 0]
+@pytest.mark.parametrize("mix", MIXES)
+def test_training_has_the_mix_that_a_recipe_names(mix: str) -> None:
+    source = load_prompts(PromptsRecipe(train="geneval", mix=mix))
+    generator, total = np.random.default_rng(0), sum(MIXES[mix].values())
     epochs = [Counter(p.tag for p in source.train(48, generator)) for _ in range(50)]
-    for tag, weight in TRAIN_MIX.items():
+    for tag, weight in MIXES[mix].items():
         assert all(abs(counts[tag] - 48 * weight / total) < 1 for counts in epochs)
         assert sum(counts[tag] for counts in epochs) == pytest.approx(50 * 48 * weight / total, rel=0.1)
+
+
+def test_the_mix_is_the_released_one_by_default_and_of_generated_prompts_alone() -> None:
+    families = ("position", "counting", "color_attr", "colors", "two_object", "single_object")
+    assert tuple(MIXES[PromptsRecipe(train="geneval").mix][family] for family in families) == (7, 5, 3, 1, 1, 0)
+    with pytest.raises(InputError, match=r"prompts.mix: got 'equal', expected 'released': 'scenes' has no families"):
+        load_prompts(PromptsRecipe(train="scenes", mix="equal"))
 
 
 def test_families_of_an_epoch_are_in_no_order(source: GenEvalPrompts) -> None:
@@ -187,6 +195,20 @@ def test_a_file_of_held_out_prompts_is_evaluated_and_never_trained_on(tmp_path: 
     assert len(source.fixed("development", 100)) == 100  # forty, and again
     trained = [p for p in source.train(2000, np.random.default_rng(0)) if p.tag == "counting"]
     assert {p.include[0].cls for p in trained if p.include[0].count == 2} == {"toothbrush"}
+
+
+def test_all_held_out_prompts_are_both_halves_in_turn(source: GenEvalPrompts) -> None:
+    development, evaluation = (source.fixed(split, NUM_HELD_OUT) for split in SPLITS)
+    everything = source.fixed("all", 2 * NUM_HELD_OUT)
+    assert (everything[::2], everything[1::2]) == (development, evaluation)
+    assert source.fixed("all", 2 * NUM_HELD_OUT + 1)[-1] == development[0]
+
+
+def test_all_of_a_file_are_its_lines_in_their_order(tmp_path: Path) -> None:
+    path = of_geneval(tmp_path, repeats=2)
+    for train in ("geneval", str(path)):
+        source = load_prompts(PromptsRecipe(train=train, evaluation=str(path)))
+        assert source.fixed("all", 16) == read_prompts(path)
 
 
 def test_repeated_lines_of_a_file_stay_in_one_split(tmp_path: Path) -> None:
