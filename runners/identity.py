@@ -44,8 +44,8 @@ def _check_patience(reward: WeightedSum, field: str, timeout: float) -> None:
         names = " and ".join(f"{name!r}" for name, _ in limits)
         raise FieldError(
             field,
-            f"max_seconds: got {together:g} s of {names}, expected less than scoring.timeout, {timeout:g} s, "
-            "after which a reward is given up for the rest of the attempt",
+            f"max_seconds: got {together:g} s of {names}, expected less than scoring.timeout, {timeout:g} s: "
+            "past it they are given up until the cell is resumed; raise scoring.timeout or lower max_seconds",
         )
 
 

@@ -40,7 +40,7 @@ from runners.rewards import RewardOutput, RewardUnavailable, mask2former
 from runners.rewards.colors import ColorClassifier, crop
 from runners.rewards.geneval import GenEvalReward, objects
 from runners.rewards.mask2former import Instance, InstanceDetector, bounds, instances
-from runners.rewards.rules import Detection, correct, judge
+from runners.rewards.rules import Detection, correct, verdict
 
 GRIDS = Path(__file__).parents[2] / "grids"
 COCO = [{"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}.get(c, c) for c in CLASSES]
@@ -203,8 +203,8 @@ def by_the_letter(folder: Path, image: np.ndarray, prompt: Prompt) -> tuple[floa
             Detection(cls=cls, color=color_of(folder, image, cls, box, mask) if requirement.color else "", box=box)
             for _, _, box, mask in own
         ]
-    verdict = judge(found, prompt)
-    return verdict.score, float(correct(found, prompt)), float(verdict.accurate)
+    judged = verdict(found, prompt)
+    return judged.score, float(correct(found, prompt)), float(judged.accurate)
 
 
 def asks(tag: str, *include: Requirement, exclude: tuple[Requirement, ...] = ()) -> Prompt:
@@ -428,7 +428,7 @@ def test_other_weights_are_another_identity(folder: Path, tmp_path: Path) -> Non
     write_classifier(tmp_path / "classifier")
     here, there = GenEvalReward(folder=str(folder)), GenEvalReward(folder=str(tmp_path))
     detector, classifier = here.identity.split()[1:]
-    assert here.identity.startswith("geneval-hf-1 ")
+    assert here.identity.startswith("geneval-hf-2 ")
     assert here.fingerprint() == f"{detector} {classifier}"
     assert there.identity.split()[2] == classifier
     assert there.identity.split()[1] != detector

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runners.prompts import Prompt, Requirement
-from runners.rewards.rules import POSITION_DEAD_BAND, Detection, judge, relations
+from runners.rewards.rules import POSITION_DEAD_BAND, Detection, relations, verdict
 
 SIZE = 10.0
 
@@ -29,15 +29,15 @@ DOG_LEFT_OF_CAT = prompt(cats(1), Requirement(cls="dog", count=1, position=("lef
 
 @pytest.mark.parametrize(("found", "score"), [(0, 0), (1, 1 / 3), (2, 2 / 3), (3, 1), (4, 2 / 3), (5, 1 / 3), (9, 0)])
 def test_a_wrong_count_earns_its_share(found: int, score: float) -> None:
-    verdict = judge([at("cat")] * found, prompt(cats(3)))
-    assert verdict.score == pytest.approx(score)
-    assert verdict.accurate == (found == 3)
-    assert verdict.reasons == (() if found == 3 else (f"expected cat=3, found {found}",))
+    judged = verdict([at("cat")] * found, prompt(cats(3)))
+    assert judged.score == pytest.approx(score)
+    assert judged.accurate == (found == 3)
+    assert judged.reasons == (() if found == 3 else (f"expected cat=3, found {found}",))
 
 
 def test_five_of_two_is_no_negative_term() -> None:
-    verdict = judge([at("cat")] * 5 + [at("dog")], prompt(cats(2), Requirement(cls="dog", count=1)))
-    assert verdict.score == 0.5  # the released reward: (1 - 1.5 + 1) / 2
+    judged = verdict([at("cat")] * 5 + [at("dog")], prompt(cats(2), Requirement(cls="dog", count=1)))
+    assert judged.score == 0.5  # the released reward: (1 - 1.5 + 1) / 2
 
 
 @pytest.mark.parametrize(
@@ -50,55 +50,55 @@ def test_five_of_two_is_no_negative_term() -> None:
     ],
 )
 def test_a_wrong_color_earns_the_count(colors: list[str], score: float, reason: str | None) -> None:
-    verdict = judge([at("cat", color=c) for c in colors], prompt(cats(len(colors), color="red")))
-    assert verdict.score == pytest.approx(score)
-    assert verdict.reasons == ((reason,) if reason else ())
-    assert verdict.accurate == (reason is None)
+    judged = verdict([at("cat", color=c) for c in colors], prompt(cats(len(colors), color="red")))
+    assert judged.score == pytest.approx(score)
+    assert judged.reasons == ((reason,) if reason else ())
+    assert judged.accurate == (reason is None)
 
 
 def test_the_released_form_is_negative_for_many_and_pays_a_violated_position() -> None:
     """Golden numbers: five of two -0.5; a violated position in an otherwise perfect image 0.75, a satisfied one 1."""
-    assert judge([at("cat")] * 5, prompt(cats(2)), released=True).score == -0.5
-    assert judge([at("cat", 50), at("dog", 80)], DOG_LEFT_OF_CAT, released=True).score == 0.75
-    assert judge([at("cat", 50), at("dog", 20)], DOG_LEFT_OF_CAT, released=True).score == 1
+    assert verdict([at("cat")] * 5, prompt(cats(2)), released=True).score == -0.5
+    assert verdict([at("cat", 50), at("dog", 80)], DOG_LEFT_OF_CAT, released=True).score == 0.75
+    assert verdict([at("cat", 50), at("dog", 20)], DOG_LEFT_OF_CAT, released=True).score == 1
 
 
 def test_a_wrong_count_earns_neither_color_nor_position() -> None:
-    verdict = judge([at("cat"), at("cat")], prompt(cats(1, color="red")))
-    assert (verdict.score, verdict.reasons) == (0, ("expected cat=1, found 2",))
-    verdict = judge([at("dog")] * 2 + [at("cat")], DOG_LEFT_OF_CAT)
-    assert verdict.score == pytest.approx((1 + 0 + 0) / 3)
+    judged = verdict([at("cat"), at("cat")], prompt(cats(1, color="red")))
+    assert (judged.score, judged.reasons) == (0, ("expected cat=1, found 2",))
+    judged = verdict([at("dog")] * 2 + [at("cat")], DOG_LEFT_OF_CAT)
+    assert judged.score == pytest.approx((1 + 0 + 0) / 3)
 
 
 def test_a_position_is_a_third_term() -> None:
-    satisfied = judge([at("cat", 50), at("dog", 20)], DOG_LEFT_OF_CAT)
+    satisfied = verdict([at("cat", 50), at("dog", 20)], DOG_LEFT_OF_CAT)
     assert (satisfied.accurate, satisfied.score, satisfied.reasons) == (True, 1, ())
-    violated = judge([at("cat", 50), at("dog", 80)], DOG_LEFT_OF_CAT)
+    violated = verdict([at("cat", 50), at("dog", 80)], DOG_LEFT_OF_CAT)
     assert (violated.accurate, violated.reasons) == (False, ("expected dog left of cat",))
     assert violated.score == pytest.approx(2 / 3)  # the released reward adds the satisfied term too: 3 / 4
 
 
 def test_a_position_relative_to_what_is_not_there() -> None:
-    verdict = judge([at("dog")], DOG_LEFT_OF_CAT)
-    assert verdict.score == pytest.approx((0 + 1 + 0) / 3)
-    assert verdict.reasons == ("expected cat=1, found 0", "no cat to be left of")
+    judged = verdict([at("dog")], DOG_LEFT_OF_CAT)
+    assert judged.score == pytest.approx((0 + 1 + 0) / 3)
+    assert judged.reasons == ("expected cat=1, found 0", "no cat to be left of")
 
 
 def test_every_one_of_a_group_must_stand_right() -> None:
     wanted = prompt(cats(1), Requirement(cls="dog", count=2, position=("above", 0)))
     both = [at("cat", 50, 50), at("dog", 50, 20), at("dog", 55, 25)]
-    assert judge(both, wanted).accurate
-    assert not judge([*both[:2], at("dog", 50, 80)], wanted).accurate
+    assert verdict(both, wanted).accurate
+    assert not verdict([*both[:2], at("dog", 50, 80)], wanted).accurate
 
 
 def test_objects_that_nobody_asked_for_are_ignored() -> None:
-    assert judge([at("cat"), at("bird"), at("dog")], prompt(cats(1))) == judge([at("cat")], prompt(cats(1)))
+    assert verdict([at("cat"), at("bird"), at("dog")], prompt(cats(1))) == verdict([at("cat")], prompt(cats(1)))
 
 
 def test_a_prompt_without_requirements_scores_nothing() -> None:
-    assert judge([at("cat")], prompt()) == judge([], prompt())
-    assert judge([], prompt()).score == 0
-    assert not judge([], prompt()).accurate
+    assert verdict([at("cat")], prompt()) == verdict([], prompt())
+    assert verdict([], prompt()).score == 0
+    assert not verdict([], prompt()).accurate
 
 
 @pytest.mark.parametrize(
@@ -154,21 +154,21 @@ def test_relations_of_two_are_mirrored_and_never_contradict(a: tuple[float, floa
 
 @given(DETECTIONS, PROMPTS)
 def test_scores_are_shares_and_full_only_for_the_accurate(detections: list[Detection], wanted: Prompt) -> None:
-    verdict = judge(detections, wanted)
-    assert 0 <= verdict.score <= 1
-    assert verdict.accurate == (verdict.score == 1) == (not verdict.reasons)
+    judged = verdict(detections, wanted)
+    assert 0 <= judged.score <= 1
+    assert judged.accurate == (judged.score == 1) == (not judged.reasons)
 
 
 @given(DETECTIONS, PROMPTS, st.randoms())
 def test_the_order_of_detections_does_not_matter(detections: list[Detection], wanted: Prompt, random: object) -> None:
-    before = judge(detections, wanted)
+    before = verdict(detections, wanted)
     random.shuffle(detections)  # type: ignore[attr-defined]
-    after = judge(detections, wanted)
+    after = verdict(detections, wanted)
     assert (after.accurate, after.score) == (before.accurate, before.score)
 
 
 def test_what_a_prompt_excludes_makes_it_inaccurate_and_costs_no_score() -> None:
     one_cat = Prompt(text="", include=(cats(1),), exclude=(Requirement(cls="dog", count=2),))
-    assert judge([at("cat"), at("dog")], one_cat).accurate
-    verdict = judge([at("cat"), at("dog"), at("dog")], one_cat)
-    assert (verdict.accurate, verdict.score, verdict.reasons) == (False, 1.0, ("expected dog<2, found 2",))
+    assert verdict([at("cat"), at("dog")], one_cat).accurate
+    judged = verdict([at("cat"), at("dog"), at("dog")], one_cat)
+    assert (judged.accurate, judged.score, judged.reasons) == (False, 1.0, ("expected dog<2, found 2",))
