@@ -25,7 +25,7 @@ def bounded_server(
         application,
         http=Bounded,
         h11_max_incomplete_event_size=header_bytes,
-        limit_concurrency=connections,
+        limit_concurrency=connections + 1,  # uvicorn refuses the one that makes it so many
         log_level=log_level,
         server_header=False,
     )

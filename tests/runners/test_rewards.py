@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ablate.recipe import RewardTerm
 from ablate.source import FieldError
 from runners.prompts import Prompt
 from runners.rewards import load_reward
@@ -54,11 +55,11 @@ def test_compressibility_is_kilobytes_over_the_scale_of_training() -> None:
     Image.fromarray(NOISE).save(buffer, format="JPEG", quality=95)
     kilobytes = len(buffer.getvalue()) / 1000
     assert load_reward("jpeg")(images, PROMPTS).score[1] == -kilobytes
-    trained = load_reward([{"name": "jpeg", "scale": 500, "incompressible": True}])
+    trained = load_reward((RewardTerm(name="jpeg", scale=500, incompressible=True),))
     assert trained(images, PROMPTS).score[1] == kilobytes / 500
     assert trained.identity == "jpeg-incompressible-1 scale=500"
     with pytest.raises(FieldError, match="got 0, expected more than 0"):
-        load_reward([{"name": "jpeg", "scale": 0}])
+        load_reward((RewardTerm(name="jpeg", scale=0),))
 
 
 def test_a_sum_of_rewards_has_its_terms_and_records_each() -> None:
