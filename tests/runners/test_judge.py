@@ -64,7 +64,7 @@ def test_a_judge_is_asked_about_each_image_with_its_prompt_and_its_score_is_over
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
-        ("I like it.", "nothing like 'Final Score"),
+        ("I like it.", "nothing like '(?i)Final Score"),
         ("", "nothing like"),
         ("Final Score: 0.5", "got '0.5' as a score, expected 1 to 5"),
         ("Final Score: 7", "got '7' as a score, expected 1 to 5"),

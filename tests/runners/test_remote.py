@@ -686,7 +686,7 @@ def test_a_reward_more_patient_than_its_cell_is_no_plan() -> None:
     for reward in ([patient | {"max_seconds": 600}], [patient, patient | {"label": "b"}]):
         for field in ("reward", "evaluation.panel"):
             cell = cell_with(**({"reward": "scenes"} | {field: reward}))
-            with pytest.raises(FieldError, match="max_seconds.*expected less than scoring.timeout, 600 s") as refused:
+            with pytest.raises(FieldError, match=r"max_seconds.*expected less than scoring.timeout, 600 s") as refused:
                 identify(cell.recipe)
             assert ".".join(map(str, refused.value.location)) == field
     within = {"name": "pairwise", "reward": patient | {"max_seconds": 900}}
