@@ -88,6 +88,8 @@ def write_classifier(folder: Path) -> None:
     text = {**size, "vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
     config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 8}, projection_dim=16)
     CLIPModel(config).save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -429,6 +431,7 @@ def test_other_weights_are_another_identity(folder: Path, tmp_path: Path) -> Non
     here, there = GenEvalReward(folder=str(folder)), GenEvalReward(folder=str(tmp_path))
     detector, classifier = here.identity.split()[1:]
     assert here.identity.startswith("geneval-hf-2 ")
+    here.load("cpu")
     assert here.fingerprint() == f"{detector} {classifier}"
     assert there.identity.split()[2] == classifier
     assert there.identity.split()[1] != detector
@@ -457,7 +460,7 @@ def test_a_plan_names_the_hub_and_loads_nothing() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     hubs = "facebook/mask2former-swin-small-coco-instance@main openai/clip-vit-large-patch14@main"
-    assert ended.stdout == f"geneval-hf-1 {hubs}\n[]\n"
+    assert ended.stdout == f"geneval-hf-2 {hubs}\n[]\n"
 
 
 # in a cell
