@@ -23,11 +23,11 @@ def weights_sha256(path: Path) -> str:
     """The whole SHA-256 of a large file, read once per process while its size and its time stay the same."""
     resolved = path.resolve()
     status = resolved.stat()
-    return _unchanged(resolved, status.st_size, status.st_mtime_ns)
+    return _sha256_of_version(resolved, (status.st_size, status.st_mtime_ns))
 
 
 @cache
-def _unchanged(path: Path, size: int, modified: int) -> str:  # noqa: ARG001  (they tell versions apart)
+def _sha256_of_version(path: Path, version: tuple[int, int]) -> str:  # noqa: ARG001  (a key of the cache)
     return _sha256(path)
 
 

@@ -11,33 +11,43 @@ from ablate.recipe import PromptsRecipe, Recipe, RewardSpec
 from ablate.source import FieldError, InputError, choices
 from runners.digest import DIGITS, digest, file_digest, weights_sha256
 from runners.prompts import BUILT_IN, load_prompts, read_prompts
-from runners.rewards import RewardUnavailable, load_reward
+from runners.rewards import RewardUnavailable, WeightedSum, load_reward
 
 
 def identify(recipe: Recipe) -> dict[str, str]:
     """Names of the reward's implementation, the model's weights and prompt files; part of every cell id.
 
-    Raises FieldError for a reward or a local model that does not exist, or prompt files that cannot be used.
+    Raises FieldError for a reward or a local model that does not exist, for a reward that is given up before its own
+    limit, or for prompt files that cannot be used.
     """
     panel = recipe.evaluation.panel
     return {
-        "reward": _reward(recipe, recipe.reward, "reward"),
-        **({"panel": _reward(recipe, panel, "evaluation.panel")} if panel else {}),
+        "reward": _reward(recipe.reward, "reward", recipe.scoring.timeout),
+        **({"panel": _reward(panel, "evaluation.panel", recipe.scoring.timeout)} if panel else {}),
         "model": _model(recipe.model.path),
         **_prompts(recipe.prompts),
     }
 
 
-def _reward(recipe: Recipe, spec: RewardSpec, field: str) -> str:
-    reward, limit = load_reward(spec, field), recipe.scoring.timeout
-    for name, each in reward.rewards.items():
-        if each.patience is not None and each.patience >= limit:
-            patience = f"expected more than {each.patience:g}, the max_seconds of {name}, which ends by itself then"
-            raise FieldError("scoring.timeout", f"got {limit:g}, {patience}")
+def _reward(spec: RewardSpec, field: str, timeout: float) -> str:
     try:
+        reward = load_reward(spec, field)
+        _check_patience(reward, field, timeout)
         return reward.identity
     except RewardUnavailable as error:  # a folder that is named and has no weights in it
         raise FieldError(field, str(error)) from None
+
+
+def _check_patience(reward: WeightedSum, field: str, timeout: float) -> None:
+    """Raises FieldError where rewards that end by themselves, one after the other, are given up before they do."""
+    limits = [(name, r.patience) for name, r in reward.rewards.items() if r.patience is not None]
+    if (together := sum(seconds for _, seconds in limits)) >= timeout:
+        names = " and ".join(f"{name!r}" for name, _ in limits)
+        raise FieldError(
+            field,
+            f"max_seconds: got {together:g} s of {names}, expected less than scoring.timeout, {timeout:g} s: "
+            "past it they are given up until the cell is resumed; raise scoring.timeout or lower max_seconds",
+        )
 
 
 def _prompts(recipe: PromptsRecipe) -> dict[str, str]:

@@ -24,14 +24,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ablate.source import InputError, dotted
-from runners.digest import digest
+from runners.connections import bounded_server
+from runners.digest import DIGITS, digest
 from runners.prompts import Prompt
-from runners.rewards.http import SHOWN
 from runners.rewards.png import from_base64
 from runners.rewards.protocol import Images, Reward, RewardOutput
+from runners.rewards.remote import MAX_IDENTITY
 from runners.scoring import score
 
 TOKEN = "ABLATE_REWARD_TOKEN"
+MAX_PROBLEM = 500  # characters of what is wrong with a request
 
 
 class ScoreRequest(BaseModel):
@@ -43,8 +45,11 @@ class ScoreRequest(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a server takes: of a request its bytes, images, pixels of all images, and seconds until it is there."""
+    """What a server takes: of a request the bytes of its headers and its body, images, pixels of all images, and the
+    seconds until each of headers and body is there; connections at once.
+    """
 
+    header_bytes: int = 2**14
     request_bytes: int = 2**27
     images: int = 256
     pixels: int = 2**26
@@ -62,14 +67,23 @@ class RewardServer:
     busy: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     def __post_init__(self) -> None:
-        identity = f"{self.reward.identity} {self.reward.fingerprint()}".strip()
-        self.identity = identity if len(identity) <= SHOWN else f"{identity[: SHOWN - 16]}... {digest(identity)}"
+        self.identity = bounded(f"{self.reward.identity} {self.reward.fingerprint()}".strip())
 
     @property
     def application(self) -> Starlette:
         """For any server that speaks ASGI."""
         routes = [Route("/identity", self.identify), Route("/score", self.score, methods=["POST"])]
         return Starlette(routes=routes, exception_handlers={HTTPException: _refusal})
+
+    def configured(self, log_level: str = "warning") -> uvicorn.Config:
+        """The application behind connections with their limits."""
+        return bounded_server(
+            self.application,
+            connections=self.limits.connections,
+            header_bytes=self.limits.header_bytes,
+            header_seconds=self.limits.seconds,
+            log_level=log_level,
+        )
 
     async def identify(self, request: Request) -> Response:
         self._check_token(request)
@@ -80,8 +94,7 @@ class RewardServer:
         try:
             asked = ScoreRequest.model_validate_json(await self._body(request))
         except ValidationError as error:
-            problem = error.errors()[0]
-            raise HTTPException(422, f"{dotted(problem['loc'])}: {problem['msg']}") from None
+            raise HTTPException(422, _explained(error)) from None
         async with self.busy:
             if await request.is_disconnected():  # has not waited: nobody wants these scores
                 return Response(status_code=408)
@@ -145,13 +158,20 @@ def serve(
         server = RewardServer(reward=reward, token=token)
         shown, bound = f"[{host}]" if ":" in host else host, listening.getsockname()[1]
         announce(f"http://{shown}:{bound} has the reward {server.identity}; stop it with Ctrl-C")
-        config = uvicorn.Config(
-            server.application,
-            log_level="warning",
-            limit_concurrency=server.limits.connections,
-            server_header=False,
-        )
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(server.configured()).run(sockets=[listening])
+
+
+def bounded(identity: str) -> str:
+    """An identity as the protocol takes it: what is too long ends with the digest of the whole."""
+    if len(identity) <= MAX_IDENTITY:
+        return identity
+    return f"{identity[: MAX_IDENTITY - DIGITS - 4]}... {digest(identity)}"
+
+
+def _explained(error: ValidationError) -> str:
+    """The first problem of a request, where it is and what was expected."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return f"{dotted(problem['loc']) or 'request'}: {problem['msg'].removeprefix('Value error, ')}"[:MAX_PROBLEM]
 
 
 def token_of_environment() -> str | None:

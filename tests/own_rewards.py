@@ -21,6 +21,11 @@ def not_of_circles(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
     return np.where(circles, np.nan, brightness(images, prompts))
 
 
+def not_of_grey(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+    """No number for images of one colour."""
+    return np.where(np.ptp(images, (1, 2, 3)) == 0, np.nan, brightness(images, prompts))
+
+
 def raises_at_circles(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
     if any("circle" in prompt.text for prompt in prompts):
         raise ValueError("no circles, please")

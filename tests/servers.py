@@ -102,9 +102,10 @@ def reward_server(
 ) -> Iterator[str]:
     """The reference server with a reward, and its address."""
     reward = load_term(RewardTerm(name=name, **parameters))
-    application = RewardServer(reward=reward, token=token, limits=limits or Limits()).application
+    config = RewardServer(reward=reward, token=token, limits=limits or Limits()).configured("critical")
+    config.timeout_graceful_shutdown = 1
     with socket.create_server(("127.0.0.1", port)) as listening:
-        server = uvicorn.Server(uvicorn.Config(application, log_level="critical", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:

@@ -35,7 +35,7 @@ class GenEvalReward(Reward):
     """Partial credit for counts, colours and positions is trained on; `accuracy` is GenEval's measure, `strict` its
     form that takes no more objects than asked for.
 
-    `released` scores as the released training reward does; see `verdict`. `folder` holds local weights in `detector`
+    `released` scores as the released training reward does; see `verdict`. `folder` holds local weights, in `detector`
     and `classifier`. An image of a prompt that asks for no object, or for one that COCO does not have, has no score.
     """
 
@@ -112,7 +112,7 @@ class GenEvalReward(Reward):
         counting = np.array([prompt.tag == "counting" for prompt in prompts])
         instances = self._detector(images, np.where(counting, COUNTING_THRESHOLD, THRESHOLD))
         seen = [(i, *named) for i, prompt in enumerate(prompts) for named in objects(instances[i], prompt)]
-        colored = {(i, r.cls) for i, prompt in enumerate(prompts) for r in _requirements(prompt) if r.color}
+        colored = {(i, r.cls) for i, prompt in enumerate(prompts) for r in prompt.include if r.color}
         colors = iter(self._classifier([(images[i], found, cls) for i, cls, found in seen if (i, cls) in colored]))
         detections: list[list[Detection]] = [[] for _ in prompts]
         for i, cls, found in seen:

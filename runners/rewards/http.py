@@ -19,7 +19,6 @@ MAX_ANSWER = 2**22  # bytes; the scores of hundreds of images are a few thousand
 SHOWN = 200  # characters of what a server says
 AGAIN = {408, 425, 429, 500, 502, 503, 504}  # statuses that may pass
 CLOSED = {301, 302, 303, 307, 308, 401, 403, 404, 405}  # statuses that stay, whatever is asked
-ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")  # of JSON
 IN_A_ROW = 2  # requests that fail in spite of all retries, after which the server is given up
 
 Body = Callable[[], Any]  # makes the JSON of a request when it is sent, so that not all images are in memory as text
@@ -191,7 +190,9 @@ class _Exchange:
     def _shown(self, content: bytes | bytearray) -> str:
         """The beginning of what a server said, on one line; escapes of JSON, in which the token may hide, undone."""
         start = bytes(content[: 8 * SHOWN + len(self.token or "")]).decode(errors="replace")
-        plain = ESCAPE.sub(lambda escape: chr(int(escape[1], 16)) if escape[1] else escape[2], start)
+        plain = re.sub(
+            r"\\(?:u([0-9a-fA-F]{4})|(.))", lambda found: chr(int(found[1], 16)) if found[1] else found[2], start
+        )
         text = " ".join(self._without_token(plain).split())
         return "".join(c if c.isprintable() else "?" for c in text[:SHOWN]) or "nothing"
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Group
 from rich.table import Table
@@ -14,8 +14,8 @@ from rich.text import Text
 
 from ablate.recipe import RewardTerm
 from ablate.source import FieldError, InputError
-from runners.rewards import REWARDS, RewardUnavailable, load_term, reward_class
-from runners.rewards.protocol import checked
+from runners.prompts import Prompt
+from runners.rewards import REWARDS, RewardOutput, RewardUnavailable, load_reward, reward_class
 
 
 def listing() -> Table:
@@ -35,37 +35,44 @@ def listing() -> Table:
 def check(name: str, parameters: Mapping[str, Any]) -> Group:
     """Find or download the weights of a reward, let it check itself, and show what it says of its small fixed images.
 
-    Raises InputError with the remedy where it cannot, or where an image has no finite score.
+    Raises InputError with the remedy where it cannot, or where no image has a score.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        reward = load_term(RewardTerm(name=name, **parameters))
+        reward = load_reward((RewardTerm(name=name, **parameters),))
+        images, prompts = reward.rewards[name].check_inputs()
         start = time.perf_counter()
-        checked(name, lambda: reward.load(device))
+        reward.load(device)
         loaded = time.perf_counter() - start
-        checked(name, reward.self_check)
-        images, prompts = reward.check_inputs()
+        reward.self_check()
         start = time.perf_counter()
-        output = checked(name, lambda: reward(images, prompts))
-    except FieldError as error:
-        raise InputError(f"reward {name}: {error}") from None
-    except RewardUnavailable as error:
-        raise InputError(str(error)) from None
+        output = reward(images, prompts)
+    except (FieldError, RewardUnavailable, RuntimeError) as error:
+        problem = str(error).removeprefix(f"reward {name}: ").removeprefix(f"{name}: ")
+        raise InputError(f"reward {name}: {' '.join(problem.split())}") from None
     seconds = (time.perf_counter() - start) / len(images)
-    for i in np.flatnonzero(output.missing).tolist():
-        why = (output.reasons[i] if output.reasons else "") or f"got {output.score[i]}, expected a finite number"
-        raise InputError(f"reward {name}: image {i + 1} of {len(images)} has no score: {why}")
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for column in ("image", "score", *output.parts, "prompt"):
-        table.add_column(column, justify="left" if column == "prompt" else "right")
-    for i, prompt in enumerate(prompts):
-        values = (f"{of_images[i]:.4f}" for of_images in (output.score, *output.parts.values()))
-        table.add_row(str(i + 1), *values, prompt.text)
+    if output.missing.all():
+        raise InputError(f"reward {name}: no image has a score: {output.reason(0)}")
     lines = [
-        f"{name}: {reward.identity} {reward.fingerprint()}".strip(),
+        f"{name}: {reward.identities[name]}",
         f"loaded in {loaded:.1f} s on {device}; {seconds:.3f} s per image; self-check passed",
     ]
-    return Group(Text("\n".join(lines)), table)
+    if output.missing.any():
+        lines.append(f"{output.missing.sum()} of {len(images)} images have no score")
+    return Group(Text("\n".join(lines)), _scores(output, prompts))
+
+
+def _scores(output: RewardOutput, prompts: Sequence[Prompt]) -> Table:
+    """A row for each image, with the reason where it failed or has no score."""
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    words = ("prompt", "reason")
+    for column in ("image", "score", *output.parts, *words):
+        table.add_column(column, justify="left" if column in words else "right")
+    for i, prompt in enumerate(prompts):
+        numbers = (float(values[i]) for values in (output.score, *output.parts.values()))
+        shown = ("missing" if math.isnan(number) else f"{number:.4f}" for number in numbers)
+        table.add_row(str(i + 1), *shown, *(Text(text) for text in (prompt.text, output.reason(i))))
+    return table
 
 
 def parameters_of(settings: Iterator[tuple[str, Any]]) -> dict[str, Any]:

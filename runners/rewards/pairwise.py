@@ -82,7 +82,8 @@ class PairwiseReward(Reward):
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> RewardOutput:
         inner = self._inner(images, prompts)
         compared = [pair for group in groups(prompts) for pair in pairs(group)]
-        outcomes = [(1 + np.sign(inner.score[i] - inner.score[j])) / 2 for i, j in compared]
+        scores = np.where(inner.missing, np.nan, inner.score)  # an infinite one wins nothing
+        outcomes = [(1 + np.sign(scores[i] - scores[j])) / 2 for i, j in compared]
         score, _ = shares_won(len(images), compared, outcomes)
         score = np.where(_wanted(len(images), compared) + inner.missing, score, ALONE)
         reasons = list(inner.reasons or [""] * len(images))

@@ -19,6 +19,7 @@ from runners.rewards.png import to_base64
 from runners.rewards.protocol import About, Images, RewardOutput, RewardUnavailable, joined, missing
 
 MAX_PARTS = 16
+MAX_IDENTITY = 200  # characters
 
 
 @dataclass(kw_only=True)
@@ -48,7 +49,7 @@ class RemoteReward(HttpReward):
         """Ask the server which reward it has."""
         answer = self.ask_once("/identity")
         identity = answer.get("identity") if isinstance(answer, dict) else None
-        if not isinstance(identity, str) or not 0 < len(identity) <= SHOWN:
+        if not isinstance(identity, str) or not 0 < len(identity) <= MAX_IDENTITY:
             raise RewardUnavailable(f"{self.url}/identity: got {shown(answer)}, expected {{'identity': ...}}")
         self._check(identity)
 

@@ -88,7 +88,8 @@ def write_classifier(folder: Path) -> None:
     text = {**size, "vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
     config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 8}, projection_dim=16)
     CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +205,8 @@ def by_the_letter(folder: Path, image: np.ndarray, prompt: Prompt) -> tuple[floa
             Detection(cls=cls, color=color_of(folder, image, cls, box, mask) if requirement.color else "", box=box)
             for _, _, box, mask in own
         ]
-    result = verdict(found, prompt)
-    return result.score, float(correct(found, prompt)), float(result.accurate)
+    judged = verdict(found, prompt)
+    return judged.score, float(correct(found, prompt)), float(judged.accurate)
 
 
 def asks(tag: str, *include: Requirement, exclude: tuple[Requirement, ...] = ()) -> Prompt:

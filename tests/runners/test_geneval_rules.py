@@ -68,6 +68,13 @@ def test_golden_cases(
     assert verdict(found, prompt).score == pytest.approx(repaired)
 
 
+@pytest.mark.parametrize(("number", "holds"), [(1, True), (2, False)])
+def test_of_what_is_excluded_only_the_class_and_the_count_are_looked_at(number: int, holds: bool) -> None:
+    prompt = asked(one(CAT), exclude=(Requirement(cls=DOG, count=2, color="blue", position=("left of", 0)),))
+    found = [at(CAT), *[at(DOG, x=90, color="red")] * number]
+    assert correct(found, prompt) == verdict(found, prompt).accurate == holds
+
+
 def test_nothing_required_and_nothing_excluded_is_correct() -> None:
     nothing = asked(exclude=(one(DOG),))
     assert correct([at(CAT)], nothing)
@@ -146,10 +153,10 @@ def prompts(draw: st.DrawFn) -> Prompt:
 @settings(max_examples=500, deadline=None)
 def test_both_forms_are_those_that_were_released(detections: list[Detection], prompt: Prompt) -> None:
     found = {cls: [d for d in detections if d.cls == cls] for cls in (CAT, DOG, "bird")}
-    result = verdict(detections, prompt, released=True)
+    judged = verdict(detections, prompt, released=True)
     strict, score = released_reward(found, prompt)
-    assert result.score == pytest.approx(score)
+    assert judged.score == pytest.approx(score)
     excluded = any(len(found.get(r.cls, [])) >= r.count for r in prompt.exclude)
-    assert result.accurate == (strict and not excluded)
+    assert judged.accurate == (strict and not excluded)
     assert correct(detections, prompt) == official_measure(found, prompt)
-    assert correct(detections, prompt) or not result.accurate  # strict is stricter
+    assert correct(detections, prompt) or not judged.accurate  # strict is stricter

@@ -20,7 +20,7 @@ from runners.rewards import load_reward, load_term
 from runners.rewards.groups import pairs, shares_won
 from runners.rewards.judge import JudgeReward, UnifiedReward
 from runners.rewards.pairwise import COMPARE, PairwiseJudge, PairwiseReward
-from runners.rewards.protocol import RewardUnavailable
+from runners.rewards.protocol import RewardOutput, RewardUnavailable
 
 QUICK = {"timeout": 0.3, "retries": 1, "backoff": 0.01, "max_seconds": 2}
 LEVELS = (10, 200, 60, 60, 120)
@@ -67,6 +67,14 @@ def test_a_judge_is_asked_about_each_image_with_its_prompt_and_its_score_is_over
         ("I like it.", "nothing like '(?i)Final Score"),
         ("", "nothing like"),
         ("Final Score: 0.5", "got '0.5' as a score, expected 1 to 5"),
+        ("Final Score: 7", "got '7' as a score, expected 1 to 5"),
+        ("Final Score: 45", "got '45' as a score"),
+        ("Final Score: 8/10", "nothing like"),
+        ("Final Score: 4 out of 10", "nothing like"),
+        ("Final Score: 4.5/50", "nothing like"),
+        ("Final Score: 80%", "nothing like"),
+        ("Final Score: -3", "nothing like"),
+        ("Final Score: 3.5.1", "nothing like"),
         ("x" * 10**6, "nothing like"),
         (422, "status 422: busy"),
         (503, "status 503: busy (2 tried)"),
@@ -97,6 +105,29 @@ def test_a_pattern_that_finds_no_number_is_missing(pattern: str) -> None:
     assert "as a score" in output.reasons[0]
 
 
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ("Final Score: 4", 4),
+        ("**Final Score:** 4.5", 4.5),
+        ("final score: **3**/5", 3),
+        ("Final Score: 3/5.", 3),
+        ("Final Score: 2.25 out of 5", 2.25),
+        ("Final Score: 4.", 4),
+    ],
+)
+def test_a_score_is_read_as_models_write_it(said: str, score: float) -> None:
+    with behaving(judging(lambda levels, text: said)) as server:
+        assert judge(server, scale=1)(IMAGES, PROMPTS).score.tolist() == [score] * 5
+
+
+def test_a_judge_s_scale_is_what_its_fields_say() -> None:
+    with behaving(judging(lambda levels, text: f"Mark {levels[0] / 10}")) as server:
+        output = judge(server, pattern=r"Mark (\S+)", lowest=0, highest=10, scale=10)(IMAGES, PROMPTS)
+    np.testing.assert_allclose(output.score, [0.1, np.nan, 0.6, 0.6, np.nan])
+    assert "got '20.0' as a score, expected 0 to 10" in output.reasons[1]
+
+
 def test_the_last_score_of_an_answer_counts() -> None:
     with behaving(judging(lambda levels, text: "Final Score: 1? Too low.\nFinal Score: 3.5")) as server:
         assert judge(server, scale=1)(IMAGES, PROMPTS).score.tolist() == [3.5] * 5
@@ -122,7 +153,7 @@ def test_a_model_that_is_not_there_and_a_judge_that_says_nothing_are_unavailable
 
 def test_the_identity_holds_the_question_and_how_the_answer_is_read() -> None:
     with behaving(lambda asked: None) as server:
-        changed = [{}, {"template": "Mark {prompt}"}, {"pattern": "(.)"}, {"scale": 1.0}, {"model": "m"}]
+        changed = [{}, {"template": "Mark {prompt}"}, {"pattern": "(.)"}, {"scale": 1.0}, {"model": "m"}, {"lowest": 0}]
         identities = {judge(server, **fields).identity for fields in changed}
         assert len(identities) == len(changed)
         assert judge(server).identity == JudgeReward(url="http://elsewhere/v1", model="critic").identity
@@ -135,6 +166,7 @@ def test_the_identity_holds_the_question_and_how_the_answer_is_read() -> None:
         ({"pattern": "("}, "no regular expression"),
         ({"pattern": "1|2"}, "got 0 groups"),
         ({"scale": 0}, "more than 0"),
+        ({"lowest": 5}, "less than highest"),
         ({"max_tokens": 0}, "at least 1"),
     ],
 )
@@ -228,6 +260,28 @@ def test_a_score_that_is_missing_is_not_compared() -> None:
     assert "nothing like" in output.reasons[0]
     assert reward.remote
     assert reward.identity.startswith("pairwise-1 of judge-1 critic")
+
+
+def test_an_infinite_score_beats_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = PairwiseReward(reward="jpeg")
+    scores = np.array([3.0, np.inf, 1.0, np.nan, np.nan])
+    monkeypatch.setattr(reward, "_inner", lambda images, prompts: RewardOutput(score=scores))
+    output = reward(IMAGES, PROMPTS)
+    np.testing.assert_array_equal(output.score, [1, np.nan, 0, np.nan, np.nan])
+    monkeypatch.setattr(reward, "_inner", lambda images, prompts: RewardOutput(score=scores[::-1]))
+    output = reward(IMAGES, PROMPTS)
+    np.testing.assert_array_equal(output.score, [np.nan, np.nan, np.nan, np.nan, 0.5])
+    assert output.reasons[2] == "no other image of its prompt has a score"
+
+
+def test_equal_prompts_of_two_draws_are_not_compared() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)).astype(np.uint8)
+    images[3] = 128  # the smallest file
+    apart = [Prompt(text="a", group=group) for group in (0, 0, 1, 1)]
+    reward = PairwiseReward(reward="jpeg")
+    assert reward(images, apart).score[2:].tolist() == [0, 1]
+    assert set(reward(images, apart).score[:2]) == {0, 1}
+    assert reward(images, [Prompt(text="a")] * 4).score[3] == 1
 
 
 def test_a_comparison_is_named_in_a_grid_with_its_reward_within() -> None:

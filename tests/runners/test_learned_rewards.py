@@ -16,6 +16,7 @@ from tiny_rewards import WRITERS, original_hps, original_imagereward, write_aest
 
 from ablate.recipe import RewardTerm
 from ablate.source import FieldError
+from runners import digest
 from runners.prompts import Prompt
 from runners.rewards import RewardUnavailable, load_term, reward_class
 from runners.rewards import clip as clip_module
@@ -119,6 +120,27 @@ def test_weights_that_are_not_to_be_had_are_all_named_with_what_to_do(
         assert f"hf download {weights.repository} --include '{weights.files[0]}'" in str(caught.value)
     assert str(caught.value).count("--revision abc") == 1  # of the first repository
     assert weights.repository in reward.identity  # a plan needs no weights
+
+
+def test_each_repository_has_a_revision_of_its_own() -> None:
+    own, base = (weights.repository for weights in reward_class("pickscore")().weights)
+    assert reward_class("pickscore")(revision={base: "abc"}).identity == f"pickscore-1 {own}@main {base}@abc"
+    with pytest.raises(FieldError, match=f"got 'laion/CLIP', no repository of it.*{own}"):
+        reward_class("pickscore")(revision={"laion/CLIP": "abc"})
+
+
+def test_the_weights_of_a_folder_are_read_once_for_all_plans(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, read, real = shutil.copytree(folders["clipscore"], tmp_path / "copy"), [], digest._sha256
+    monkeypatch.setattr(digest, "_sha256", lambda path: read.append(path.name) or real(path))
+    first = reward_class("clipscore")(folder=str(folder)).identity
+    assert reward_class("clipscore")(folder=str(folder), scale=2.0).identity == f"{first} scale=2"
+    assert read.count("model.safetensors") == 1
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert reward_class("clipscore")(folder=str(folder)).identity != first
 
 
 @pytest.mark.parametrize("name", NAMES)

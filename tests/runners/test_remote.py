@@ -31,18 +31,18 @@ from ablate import cli
 from ablate.grid import load_grid
 from ablate.plan import Cell, make_plan
 from ablate.plugins import trust
+from ablate.recipe import RewardTerm
 from ablate.record import Status, read_metrics
-from ablate.source import InputError
+from ablate.source import FieldError
 from runners import train
 from runners.distributed import join
 from runners.identity import identify
 from runners.policy import SD3Policy
 from runners.prompts import Prompt
-from runners.reward_server import Limits, RewardServer
+from runners.reward_server import Limits
 from runners.rewards import load_reward
 from runners.rewards.groups import whole_groups
 from runners.rewards.http import MAX_ANSWER
-from runners.rewards.jpeg import JpegReward
 from runners.rewards.protocol import RewardUnavailable, fixed_inputs
 from runners.rewards.remote import RemoteReward
 from runners.run import set_up
@@ -278,6 +278,27 @@ def test_the_token_is_sent_and_never_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert SECRET not in f"{output} {reward} {reward.identity} {reward.fingerprint()}"
 
 
+def escaped(text: str) -> str:
+    return "".join(f"\\u{ord(c):04x}" for c in text)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f'{{"identity": "x", "scores": [null, null], "reasons": ["{escaped(SECRET)}", "{escaped(SECRET)}"]}}',
+        f'{{"identity": "x", "scores": ["{escaped(SECRET)}", {{"{escaped(SECRET)}": 1}}]}}',
+        f'{{"detail": "{escaped(SECRET)}"}}',
+        f'"{escaped(SECRET)}',  # no JSON
+    ],
+)
+def test_a_token_in_the_escapes_of_json_is_not_told_either(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    with behaving(lambda asked: asked.say(answer)) as server:
+        output = remote(server.url, token_env="MY_TOKEN")(IMAGES[:2], PROMPTS[:2])
+    assert output.missing.all()
+    assert all("***" in reason and SECRET not in reason for reason in output.reasons)
+
+
 def test_a_token_that_is_not_there_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MY_TOKEN", raising=False)
     with pytest.raises(RewardUnavailable, match="set the environment variable MY_TOKEN"):
@@ -301,9 +322,7 @@ def test_a_token_that_is_not_there_is_unavailable(monkeypatch: pytest.MonkeyPatc
 )
 def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as refused:
-        load_reward([{"name": "remote", "url": "http://x", **fields}]) if False else remote(
-            **{"url": "http://x"} | fields
-        )
+        remote(**{"url": "http://x"} | fields)
     assert SECRET not in str(refused.value)
 
 
@@ -338,6 +357,12 @@ def bomb(side: int) -> str:
 
 
 GREY = Image.new("RGB", (8, 8), "grey")
+
+
+def asking_for(**requirement: Any) -> dict[str, Any]:
+    return {"images": [png(GREY)], "prompts": [{"text": "a", "include": [{"cls": "x"} | requirement]}]}
+
+
 LIMITS = Limits(images=3, pixels=200, request_bytes=5000, seconds=0.3)
 REFUSED = {
     "no JSON": (b"hello", 422, "JSON"),
@@ -345,11 +370,23 @@ REFUSED = {
     "too many images": ({"images": [png(GREY)] * 4, "prompts": [{"text": "a"}] * 4}, 413, "got 4 images"),
     "too large": (b" " * 6000, 413, "5000 bytes at most"),
     "prompts": ({"images": [png(GREY)], "prompts": []}, 422, "got 0 prompts for 1 images"),
+    "no object": ([1], 422, "request: Input should be"),
+    "position": (
+        asking_for(count=1, position=["at", 0]),
+        422,
+        "prompts.0.include.0.position.0: Input should be 'left of', 'right of', 'above' or 'below'",
+    ),
+    "itself": (
+        asking_for(count=1, position=["above", 0]),
+        422,
+        "include.0.position.1: got 0, expected the index of an earlier entry",
+    ),
+    "count": (
+        asking_for(count=0),
+        422,
+        "prompts.0.include.0.count: Input should be greater than or equal to 1",
+    ),
     "no prompt": ({"images": [png(GREY)], "prompts": [{}]}, 422, "prompts.0.text"),
-    "relation": ({"images": [png(GREY)], "prompts": [{"text": "a", "include": [
-        {"cls": "a", "count": 1}, {"cls": "b", "count": 1, "position": ["beside", 0]}]}]}, 422, "position"),
-    "target": ({"images": [png(GREY)], "prompts": [{"text": "a", "include": [
-        {"cls": "a", "count": 1, "position": ["above", 0]}]}]}, 422, "expected the index of an earlier entry"),
     "base64": ({"images": ["!"], "prompts": [{"text": "a"}]}, 422, "image 0 is not base64"),
     "pixels": ({"images": [png(GREY.resize((20, 20)))], "prompts": [{"text": "a"}]}, 422, "20 x 20 pixels, expected"),
     "bomb": ({"images": [bomb(60000)], "prompts": [{"text": "a"}]}, 422, "image 0"),
@@ -372,28 +409,6 @@ def test_the_server_refuses_what_it_cannot_score_and_goes_on() -> None:
     assert answer == {"identity": "jpeg-1", "scores": expected.tolist(), "parts": {}, "reasons": []}
 
 
-def test_a_long_identity_is_cut_and_stays_its_own() -> None:
-    class Named(JpegReward):
-        def fingerprint(self) -> str:
-            return self.said
-
-    def served(said: str) -> str:
-        reward = Named()
-        reward.said = said
-        return RewardServer(reward=reward).identity
-
-    assert served("abc") == "jpeg-1 abc"
-    assert len(served("x" * 500)) <= 200
-    assert served("x" * 500) != served("x" * 501)
-
-
-def test_a_reward_that_waits_longer_than_a_cell_is_refused_by_the_plan() -> None:
-    remote = {"name": "remote", "url": "http://127.0.0.1:1"}
-    grid = load_grid(GRIDS / "tiny.yaml", {"reward": [remote], "scoring.timeout": 400})
-    with pytest.raises(InputError, match="timeout=400: got 400, expected more than 500, the max_seconds of"):
-        make_plan(grid, identify)
-
-
 def test_the_request_in_the_docs_is_answered_as_there() -> None:
     page = (GRIDS.parent / "docs" / "rewards.md").read_text(encoding="utf-8")
     request, answer = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
@@ -404,12 +419,71 @@ def test_the_request_in_the_docs_is_answered_as_there() -> None:
     assert len(got["scores"]) == len(expected["scores"])
 
 
+HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\n"
+BODY = json.dumps({"images": [png(GREY)], "prompts": [{"text": "a"}]}).encode()
+
+
+def connected(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=5)
+
+
 def test_the_server_does_not_wait_for_a_client_that_dawdles() -> None:
-    with reward_server("jpeg", limits=LIMITS) as url:
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=5) as slow:
-            slow.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 4000\r\n\r\n{")
-            assert slow.recv(100).startswith(b"HTTP/1.1 408")
+    with reward_server("jpeg", limits=LIMITS) as url, connected(url) as slow:
+        slow.sendall(HEAD + b"Content-Length: 4000\r\n\r\n{")
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("begun", [b"", HEAD, HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY + HEAD])
+def test_a_connection_on_which_no_request_begins_is_closed(begun: bytes) -> None:
+    """Also after one that was answered."""
+    with reward_server("jpeg", limits=LIMITS) as url, connected(url) as idle:
+        idle.sendall(begun)
+        start, received = time.perf_counter(), b""
+        while part := idle.recv(2**16):
+            received += part
+        assert 0.2 < time.perf_counter() - start < 3
+    assert received.count(b"HTTP/1.1 200") == begun.count(BODY)
+
+
+def test_a_server_whose_connections_are_all_held_is_free_again_soon() -> None:
+    limits = Limits(seconds=0.3, connections=3)
+    with reward_server("jpeg", limits=limits) as url:
+        idle = [connected(url) for _ in range(3)]
+        time.sleep(0.1)
+        with connected(url) as refused:
+            refused.sendall(HEAD + b"Content-Length: 0\r\n\r\n")
+            assert refused.recv(100).startswith(b"HTTP/1.1 503")
+        assert [connection.recv(1) for connection in idle] == [b""] * 3  # closed by the server
+        assert post(url, BODY)[0] == 200
+        for connection in idle:
+            connection.close()
+
+
+def test_headers_without_end_are_refused() -> None:
+    with reward_server("jpeg", limits=Limits(header_bytes=1000)) as url, connected(url) as endless:
+        endless.sendall(HEAD + b"X: " + b"x" * 2000)
+        assert endless.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_a_group_is_a_part_of_a_prompt_that_the_server_heeds() -> None:
+    prompts = [Prompt(text="a", group=group) for group in (0, 0, 1, 1)]
+    with reward_server("pairwise", reward="jpeg") as url:
+        found = remote(url, timeout=5, batch_size=8)(IMAGES[:4], prompts)
+    expected = load_reward((RewardTerm(name="pairwise", reward="jpeg"),))(IMAGES[:4], prompts)
+    np.testing.assert_array_equal(found.score, expected.score)
+    assert sorted(found.score[:2]) == sorted(found.score[2:]) == [0, 1]
+
+
+def test_a_long_identity_is_told_with_the_digest_of_the_whole() -> None:
+    told = set()
+    for end in "ab":
+        with reward_server("own_rewards:until_told", file="x" * 300 + end) as url:
+            reward = remote(url, timeout=5)
+            reward.load("cpu")
+            told.add(reward.fingerprint())
+    assert len(told) == 2
+    assert all(len(identity) == 200 and identity.startswith("own_rewards:until_told@") for identity in told)
 
 
 def test_a_server_with_a_token_answers_nobody_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,6 +680,20 @@ def test_a_cell_whose_server_dies_goes_on_when_it_is_back(tmp_path: Path, token:
         record = train.train_cell(folder)
     assert (record.status, record.epochs, record.attempts) == (Status.DONE, 3, 2)
     assert comparable(folder) == comparable(whole)
+
+
+def test_a_reward_more_patient_than_its_cell_is_no_plan() -> None:
+    patient = {"name": "remote", "url": "http://192.0.2.1:8400", "max_seconds": 400}
+    for reward in ([patient | {"max_seconds": 600}], [patient, patient | {"label": "b"}]):
+        for field in ("reward", "evaluation.panel"):
+            cell = cell_with(**({"reward": "scenes"} | {field: reward}))
+            with pytest.raises(FieldError, match=r"max_seconds.*expected less than scoring.timeout, 600 s") as refused:
+                identify(cell.recipe)
+            assert ".".join(map(str, refused.value.location)) == field
+    within = {"name": "pairwise", "reward": patient | {"max_seconds": 900}}
+    with pytest.raises(FieldError, match="got 900 s of 'pairwise'"):
+        identify(cell_with([within]).recipe)
+    assert identify(cell_with([within], **{"scoring.timeout": 901}).recipe)
 
 
 def test_a_remote_reward_is_planned_without_its_server() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from ablate.recipe import RewardTerm
 from ablate.source import FieldError
 from runners.prompts import Prompt
 from runners.rewards import load_reward
@@ -29,9 +33,11 @@ def test_the_text_of_a_prompt_is_compared_with_what_was_read(target: str, read: 
     assert text_score(target, read) == pytest.approx(score)
 
 
-def test_a_target_without_characters_asks_for_nothing() -> None:
-    with pytest.raises(ValueError, match="got ' ' as a target, expected at least one character"):
-        text_score(" ", "anything")
+@pytest.mark.parametrize("target", ["", "  "])
+def test_a_target_without_characters_asks_for_nothing(target: str) -> None:
+    """The released rule divides by zero."""
+    with pytest.raises(ValueError, match="expected at least one character"):
+        text_score(target, "anything")
 
 
 def test_the_text_is_what_stands_in_quotes() -> None:
@@ -42,6 +48,18 @@ def test_the_text_is_what_stands_in_quotes() -> None:
 def test_flat_images_compress_better() -> None:
     flat, noise = load_reward("jpeg")(np.stack([FLAT, NOISE]), PROMPTS).score
     assert 0 > flat > noise
+
+
+def test_compressibility_is_kilobytes_over_the_scale_of_training() -> None:
+    images, buffer = np.stack([FLAT, NOISE]), io.BytesIO()
+    Image.fromarray(NOISE).save(buffer, format="JPEG", quality=95)
+    kilobytes = len(buffer.getvalue()) / 1000
+    assert load_reward("jpeg")(images, PROMPTS).score[1] == -kilobytes
+    trained = load_reward((RewardTerm(name="jpeg", scale=500, incompressible=True),))
+    assert trained(images, PROMPTS).score[1] == kilobytes / 500
+    assert trained.identity == "jpeg-incompressible-1 scale=500"
+    with pytest.raises(FieldError, match="got 0, expected more than 0"):
+        load_reward((RewardTerm(name="jpeg", scale=0),))
 
 
 def test_a_sum_of_rewards_has_its_terms_and_records_each() -> None:

@@ -29,15 +29,15 @@ DOG_LEFT_OF_CAT = prompt(cats(1), Requirement(cls="dog", count=1, position=("lef
 
 @pytest.mark.parametrize(("found", "score"), [(0, 0), (1, 1 / 3), (2, 2 / 3), (3, 1), (4, 2 / 3), (5, 1 / 3), (9, 0)])
 def test_a_wrong_count_earns_its_share(found: int, score: float) -> None:
-    result = verdict([at("cat")] * found, prompt(cats(3)))
-    assert result.score == pytest.approx(score)
-    assert result.accurate == (found == 3)
-    assert result.reasons == (() if found == 3 else (f"expected cat=3, found {found}",))
+    judged = verdict([at("cat")] * found, prompt(cats(3)))
+    assert judged.score == pytest.approx(score)
+    assert judged.accurate == (found == 3)
+    assert judged.reasons == (() if found == 3 else (f"expected cat=3, found {found}",))
 
 
 def test_five_of_two_is_no_negative_term() -> None:
-    result = verdict([at("cat")] * 5 + [at("dog")], prompt(cats(2), Requirement(cls="dog", count=1)))
-    assert result.score == 0.5  # the released reward: (1 - 1.5 + 1) / 2
+    judged = verdict([at("cat")] * 5 + [at("dog")], prompt(cats(2), Requirement(cls="dog", count=1)))
+    assert judged.score == 0.5  # the released reward: (1 - 1.5 + 1) / 2
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_five_of_two_is_no_negative_term() -> None:
     ],
 )
 def test_a_wrong_color_earns_the_count(colors: list[str], score: float, reason: str | None) -> None:
-    result = verdict([at("cat", color=c) for c in colors], prompt(cats(len(colors), color="red")))
-    assert result.score == pytest.approx(score)
-    assert result.reasons == ((reason,) if reason else ())
-    assert result.accurate == (reason is None)
+    judged = verdict([at("cat", color=c) for c in colors], prompt(cats(len(colors), color="red")))
+    assert judged.score == pytest.approx(score)
+    assert judged.reasons == ((reason,) if reason else ())
+    assert judged.accurate == (reason is None)
 
 
 def test_the_released_form_is_negative_for_many_and_pays_a_violated_position() -> None:
@@ -64,10 +64,10 @@ def test_the_released_form_is_negative_for_many_and_pays_a_violated_position() -
 
 
 def test_a_wrong_count_earns_neither_color_nor_position() -> None:
-    result = verdict([at("cat"), at("cat")], prompt(cats(1, color="red")))
-    assert (result.score, result.reasons) == (0, ("expected cat=1, found 2",))
-    result = verdict([at("dog")] * 2 + [at("cat")], DOG_LEFT_OF_CAT)
-    assert result.score == pytest.approx((1 + 0 + 0) / 3)
+    judged = verdict([at("cat"), at("cat")], prompt(cats(1, color="red")))
+    assert (judged.score, judged.reasons) == (0, ("expected cat=1, found 2",))
+    judged = verdict([at("dog")] * 2 + [at("cat")], DOG_LEFT_OF_CAT)
+    assert judged.score == pytest.approx((1 + 0 + 0) / 3)
 
 
 def test_a_position_is_a_third_term() -> None:
@@ -79,9 +79,9 @@ def test_a_position_is_a_third_term() -> None:
 
 
 def test_a_position_relative_to_what_is_not_there() -> None:
-    result = verdict([at("dog")], DOG_LEFT_OF_CAT)
-    assert result.score == pytest.approx((0 + 1 + 0) / 3)
-    assert result.reasons == ("expected cat=1, found 0", "no cat to be left of")
+    judged = verdict([at("dog")], DOG_LEFT_OF_CAT)
+    assert judged.score == pytest.approx((0 + 1 + 0) / 3)
+    assert judged.reasons == ("expected cat=1, found 0", "no cat to be left of")
 
 
 def test_every_one_of_a_group_must_stand_right() -> None:
@@ -154,9 +154,9 @@ def test_relations_of_two_are_mirrored_and_never_contradict(a: tuple[float, floa
 
 @given(DETECTIONS, PROMPTS)
 def test_scores_are_shares_and_full_only_for_the_accurate(detections: list[Detection], wanted: Prompt) -> None:
-    result = verdict(detections, wanted)
-    assert 0 <= result.score <= 1
-    assert result.accurate == (result.score == 1) == (not result.reasons)
+    judged = verdict(detections, wanted)
+    assert 0 <= judged.score <= 1
+    assert judged.accurate == (judged.score == 1) == (not judged.reasons)
 
 
 @given(DETECTIONS, PROMPTS, st.randoms())
@@ -170,5 +170,5 @@ def test_the_order_of_detections_does_not_matter(detections: list[Detection], wa
 def test_what_a_prompt_excludes_makes_it_inaccurate_and_costs_no_score() -> None:
     one_cat = Prompt(text="", include=(cats(1),), exclude=(Requirement(cls="dog", count=2),))
     assert verdict([at("cat"), at("dog")], one_cat).accurate
-    result = verdict([at("cat"), at("dog"), at("dog")], one_cat)
-    assert (result.accurate, result.score, result.reasons) == (False, 1.0, ("expected dog<2, found 2",))
+    judged = verdict([at("cat"), at("dog"), at("dog")], one_cat)
+    assert (judged.accurate, judged.score, judged.reasons) == (False, 1.0, ("expected dog<2, found 2",))
