@@ -214,8 +214,14 @@ def test_damaged_results_are_one_line(ablate: Command, results: Path, command: s
         assert part in err
 
 
-@pytest.mark.parametrize("damage", [name for name in DAMAGE if name.startswith("record")])
-@pytest.mark.parametrize("command", ["status", "run"])
+@pytest.mark.parametrize(
+    ("command", "damage"),
+    [
+        *(("status", name) for name in DAMAGE if name.startswith("record")),
+        ("run", "record of another version"),
+        ("run", "record without a seed"),  # one cut short is set aside, and its cell runs again
+    ],
+)
 def test_a_damaged_record_stops_a_grid(ablate: Command, results: Path, command: str, damage: str) -> None:
     name, content, parts = DAMAGE[damage]
     next(results.glob(name)).write_text(content)

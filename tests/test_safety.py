@@ -297,7 +297,7 @@ def test_a_record_holds_no_token_of_the_environment(monkeypatch: pytest.MonkeyPa
 def test_a_token_that_a_reward_prints_logs_and_raises_is_in_no_file(home: Path) -> None:
     sizes = "rollout: {num_groups: 3, group_size: 2, num_steps: 3}, evaluation: {num_prompts: 3, num_steps: 2}"
     grid = write(home, "epg", f"{{reward: 'mine:blabbing', budget: {{epochs: 1}}, {sizes}}}")
-    ended = ablate(home, "run", grid, "--allow-plugins", LAB_TOKEN=WORD, PYTHONPATH=str(ROOT))
+    ended = ablate(home, "run", grid, "--attempts", 1, "--allow-plugins", LAB_TOKEN=WORD, PYTHONPATH=str(ROOT))
     assert ended.returncode == 1
     results = home / "code" / "results"
     (record,) = results.glob("study/*/record.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Combination, Writer
+from written import Combination, Writer
 
 from ablate.halving import Halving, Judged, Rung
 from ablate.record import Status
