@@ -323,7 +323,7 @@ def test_a_run_says_what_it_is_warned_of_and_starts(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     given = ["run", str(GRIDS / "quickstart.yaml"), "--results", str(tmp_path), "--no-tracking"]
     result = CliRunner().invoke(app, given)
-    assert result.exit_code == 0
+    assert result.exit_code == 1  # nothing has run
     assert "problem  0." in result.stdout
     assert "give --results another disk" in result.stdout
 

@@ -105,5 +105,5 @@ def test_limits_are_read_as_written_and_no_limits_leave_no_file(tmp_path: Path) 
 
 def test_damaged_limits_are_refused_with_the_place(tmp_path: Path) -> None:
     (tmp_path / "limits.json").write_text('{"format": 1, "share": 2}')
-    with pytest.raises(InputError, match=r"limits.json: cannot be read: share: .*got 2"):
+    with pytest.raises(InputError, match=r"limits.json:1: cannot be read: share: .*got 2"):
         read_limits(tmp_path)
