@@ -17,7 +17,7 @@ from ablate.grid import load_grid
 from ablate.plan import make_plan
 from ablate.record import Status, read_metrics
 from ablate.source import FieldError
-from runners import train
+from runners import scoring, train
 from runners.collect import Samples, collect
 from runners.evaluation import evaluate
 from runners.prompts import Prompt
@@ -138,8 +138,9 @@ def test_many_images_are_scored_in_pieces() -> None:
     assert all(size % 24 == 0 and size <= AT_ONCE for size in sizes)
 
 
-def test_a_reward_that_hangs_is_given_up_and_stays_so() -> None:
+def test_a_reward_that_hangs_is_given_up_and_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
     let_go = threading.Event()
+    monkeypatch.setattr(scoring, "hung", [])  # of this process, which goes on
 
     def hangs(images, prompts):
         let_go.wait()
@@ -150,6 +151,7 @@ def test_a_reward_that_hangs_is_given_up_and_stays_so() -> None:
     assert scorer(IMAGES, PROMPTS).reasons[0] == "no answer within 0.2 s"
     assert scorer(IMAGES, PROMPTS).missing.all()  # at once
     assert time.monotonic() - start < 10
+    assert scoring.hung == ["no answer within 0.2 s"]
     let_go.set()
 
 
