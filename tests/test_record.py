@@ -29,7 +29,7 @@ def test_the_ledger_counts_what_training_costs() -> None:
 
 
 def test_only_results_are_final() -> None:
-    assert [status.value for status in Status if status.final] == ["done", "diverged"]
+    assert [status.value for status in Status if status.final] == ["done", "diverged", "stopped"]
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ def test_training_a_sent_cell_needs_permission(home: Path, sent: Path) -> None:
 
 def test_evaluating_a_sent_cell_needs_permission(home: Path, sent: Path) -> None:
     (sent / "weights").mkdir()
+    (sent / "record.json").write_text(Record(id=sent.name, status=Status.DONE, seed=0).model_dump_json())
     ended = ablate(home, "eval", sent.parent, "--reward", "mine:score")
     assert (ended.returncode, imported(home)) == (2, False)
     assert "--allow-plugins" in ended.stderr
