@@ -7,7 +7,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from ablate.recipe import PromptsRecipe, Recipe, RewardSpec
+from ablate.recipe import PromptsRecipe, Recipe, RewardSpec, reward_terms
 from ablate.source import FieldError, InputError, choices
 from runners.digest import DIGITS, digest, file_digest, weights_sha256
 from runners.prompts import BUILT_IN, load_prompts, read_prompts
@@ -23,7 +23,7 @@ def identify(recipe: Recipe) -> dict[str, str]:
     panel = recipe.evaluation.panel
     return {
         "reward": _reward(recipe.reward, "reward", recipe.scoring.timeout),
-        **({"panel": _reward(panel, "evaluation.panel", recipe.scoring.timeout)} if panel else {}),
+        **({"panel": _panel(panel, recipe.scoring.timeout)} if panel else {}),
         "model": _model(recipe.model.path),
         **_prompts(recipe.prompts),
     }
@@ -36,6 +36,12 @@ def _reward(spec: RewardSpec, field: str, timeout: float) -> str:
         return reward.identity
     except RewardUnavailable as error:  # a folder that is named and has no weights in it
         raise FieldError(field, str(error)) from None
+
+
+def _panel(panel: RewardSpec, timeout: float) -> str:
+    """Each measure by itself, as they are not summed."""
+    load_reward(panel, "evaluation.panel")  # refuses two of one name
+    return ", ".join(_reward((term,), "evaluation.panel", timeout) for term in reward_terms(panel))
 
 
 def _check_patience(reward: WeightedSum, field: str, timeout: float) -> None:

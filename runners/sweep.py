@@ -33,8 +33,10 @@ AT_ONCE = 60  # seconds that cells get to end, once they were asked to stop at o
 
 
 def freeze(results: Path, plan: Plan, grid_text: str) -> None:
-    """Write the plan and a folder with its cell.json for every cell;
-    an existing one is left alone, but for what is no part of its id and for a record that nobody could read.
+    """Write the plan and a folder with its cell.json for every cell.
+
+    Of an existing one only what is no part of its id is written anew, while the cell is not finished; a record that
+    nobody could read is set aside.
     """
     if (results / "plan.json").exists():
         read_json(results / "plan.json")  # refuses results of another version
@@ -53,7 +55,7 @@ def freeze(results: Path, plan: Plan, grid_text: str) -> None:
 
 def _freeze_cell(folder: Path, cell: Cell) -> None:
     path, text = folder / "cell.json", cell.model_dump_json(indent=1) + "\n"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or (path.read_text(encoding="utf-8") != text and not finished(folder)):
         folder.mkdir(exist_ok=True)
         write_atomic(path, text)
     mend(folder)
