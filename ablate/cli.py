@@ -70,6 +70,7 @@ RESULTS = Path("results")
 
 def main() -> None:
     """Run a command; bad input is one line per problem and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which must not be installed
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # processes of cells import nothing from the folder they start in
     try:
         app()
@@ -341,6 +342,8 @@ def status(
 
     if watch and as_json:
         raise InputError("--watch and --json: expected one of them")
+    if not grid.exists() and (results / grid / "plan.json").exists():
+        grid = results / grid
     if grid.is_dir():
         if settings or only or seeds is not None:
             raise InputError(f"{grid}: --set, --only and --seeds choose cells of a grid file, and this is a folder")
@@ -359,7 +362,9 @@ def status(
     elif not watch:
         console.print(live_table(console, states, rows=None))
     if others and not as_json:
-        console.print(f"{len(others)} other cells in {folder} have run with other settings (--set, or an older grid).")
+        console.print(
+            f"{len(others)} other cells in {folder} have run with other settings: repeat their --set, or the grid has changed."
+        )
     raise SystemExit(0 if done else 1)
 
 
@@ -402,6 +407,8 @@ def stop(what: GridOrCell, results: Results = RESULTS) -> None:
             number += 1
             typer.echo(f"{folder.name}: asked process {found['pid']} on {found['host']}")
     typer.echo(f"{counted(number, 'cell')} asked to stop" if number else f"{what}: no cell is running")
+    if chosen.whole:
+        typer.echo("An `ablate run` of it that is at work stops too.")
 
 
 @app.command()

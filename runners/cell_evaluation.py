@@ -96,6 +96,9 @@ class _Trained:
 
 def _exported(results: Path, ids: Sequence[str]) -> list[_Trained]:
     """The finished cells of some results, or those of `ids`."""
+    if not results.is_dir():
+        near = choices(results.name, sorted(path.name for path in results.parent.glob("*/")))
+        raise InputError(f"{results}: no such folder{near}")
     folders = [path.parent for path in sorted(results.glob("*/cell.json")) if _finished(path.parent)]
     if not folders:
         raise InputError(f"{results}: no finished cell with exported weights; --checkpoint scores one that is at work")

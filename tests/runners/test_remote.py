@@ -684,12 +684,13 @@ def test_a_cell_whose_server_dies_goes_on_when_it_is_back(tmp_path: Path, token:
 
 def test_a_reward_more_patient_than_its_cell_is_no_plan() -> None:
     patient = {"name": "remote", "url": "http://192.0.2.1:8400", "max_seconds": 400}
-    for reward in ([patient | {"max_seconds": 600}], [patient, patient | {"label": "b"}]):
-        for field in ("reward", "evaluation.panel"):
-            cell = cell_with(**({"reward": "scenes"} | {field: reward}))
-            with pytest.raises(FieldError, match=r"max_seconds.*expected less than scoring.timeout, 600 s") as refused:
-                identify(cell.recipe)
-            assert ".".join(map(str, refused.value.location)) == field
+    too_patient, together = [patient | {"max_seconds": 600}], [patient, patient | {"label": "b"}]
+    for field, terms in (("reward", too_patient), ("reward", together), ("evaluation.panel", too_patient)):
+        cell = cell_with(**({"reward": "scenes"} | {field: terms}))
+        with pytest.raises(FieldError, match=r"max_seconds.*expected less than scoring.timeout, 600 s") as refused:
+            identify(cell.recipe)
+        assert ".".join(map(str, refused.value.location)) == field
+    assert identify(cell_with(**{"reward": "scenes", "evaluation.panel": together}).recipe)  # each has its own time
     within = {"name": "pairwise", "reward": patient | {"max_seconds": 900}}
     with pytest.raises(FieldError, match="got 900 s of 'pairwise'"):
         identify(cell_with([within]).recipe)

@@ -369,7 +369,12 @@ def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
 
 def test_nothing_that_runs_is_no_mistake(folder: Path, ablate: Command) -> None:
     code, out, _ = ablate("stop", folder)
-    assert (code, out) == (0, f"{folder}: no cell is running\n")
+    assert (code, out.splitlines()[0]) == (0, f"{folder}: no cell is running")
+
+
+def test_status_takes_a_name_as_the_other_commands_do(folder: Path, ablate: Command) -> None:
+    by_folder, by_name = ablate("status", folder), ablate("status", folder.name, "--results", folder.parent)
+    assert by_name == by_folder
 
 
 # retry
