@@ -362,9 +362,8 @@ def status(
     elif not watch:
         console.print(live_table(console, states, rows=None))
     if others and not as_json:
-        console.print(
-            f"{len(others)} other cells in {folder} have run with other settings: repeat their --set, or the grid has changed."
-        )
+        why = "with other settings: repeat their --set, or the grid has changed"
+        console.print(f"{len(others)} other cells in {folder} have run {why}.")
     raise SystemExit(0 if done else 1)
 
 
