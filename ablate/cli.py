@@ -176,7 +176,6 @@ def run(
     from ablate.stop_rule import StopRule
     from runners.cell_state import state_of
     from runners.halving import run_within_limits
-    from runners.hub import check_model
     from runners.launchers import make_launcher
     from runners.preflight import preflight
     from runners.sweep import freeze, in_order, run_cells
@@ -205,8 +204,7 @@ def run(
             attempts=attempts,
         )
     )
-    for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in planned.cells}.values():
-        check_model(model)
+    _check_models(planned.cells)
     freeze(folder, whole, loaded.source.text)
     if place is None:
         for cell in in_order(planned.cells):
@@ -267,7 +265,6 @@ def tune(
     from functools import partial
 
     from ablate.space import parse_space
-    from runners.hub import check_model
     from runners.preflight import preflight
     from runners.studies import JOURNAL, open_storage
     from runners.trials import SUFFIX, families, start_cell
@@ -278,8 +275,7 @@ def tune(
     dimensions = parse_space(space)
     _, _, planned = _planned(grid, settings, only, None)
     console, folder, found = _console(), results / (planned.grid + SUFFIX), families(planned, dimensions)
-    for model in {family.base.recipe.model.model_dump_json(): family.base.recipe.model for family in found}.values():
-        check_model(model)
+    _check_models([family.base for family in found])
     opened = open_storage(storage or str(folder / JOURNAL))
     _print_findings(console, preflight([family.base for family in found], folder, workers=workers))
     tuning = Tuning(
@@ -540,7 +536,6 @@ def probe(
     from contextlib import suppress
 
     from analysis.probe import write_probe
-    from runners.hub import check_model
     from runners.probe import probe as measure
     from runners.probe_tasks import Settings as ProbeSettings
     from runners.sweep import freeze
@@ -550,8 +545,7 @@ def probe(
     numbers = _numbers("--points", points, "1,2,5,10")
     loaded, whole, planned = _planned(grid, settings, only, seeds)
     chosen = ProbeSettings(points=tuple(sorted(numbers)), draws=draws, groups=groups, bias=bias)
-    for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in planned.cells}.values():
-        check_model(model)
+    _check_models(planned.cells)
     folder = results / planned.grid
     if not (folder / "plan.json").exists():  # what has been trained keeps its plan
         freeze(folder, whole, loaded.source.text)
@@ -588,7 +582,6 @@ def bench(
     from runners.bench import bench as measure
     from runners.bench_model import grid_of, model_of
     from runners.distributed import this_device
-    from runners.hub import check_model
     from runners.random_weights import random_policy
 
     model = model_of(what, random_weights=random_weights)
@@ -596,7 +589,7 @@ def bench(
         _, _, planned = _planned(grid, settings, only, None)
     first = planned.cells[0]
     if not random_weights:
-        check_model(first.recipe.model)
+        _check_models([first])
     found = measure(first, random_policy(first.recipe.model, this_device()) if random_weights else None)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
@@ -726,6 +719,14 @@ def _console() -> Console:
 
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=WIDE if wide else None)
+
+
+def _check_models(cells: Iterable[Cell]) -> None:
+    """Raises InputError for the first model of the cells that cannot be loaded here."""
+    from runners.hub import check_model
+
+    for model in {cell.recipe.model.model_dump_json(): cell.recipe.model for cell in cells}.values():
+        check_model(model)
 
 
 def _print_links(console: Console, results: Path, tracking_uri: str | None, summary: SyncSummary) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
@@ -55,6 +56,15 @@ def shown(value: object) -> str:
 
 def _short(text: str, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def finite_number(text: str) -> float | None:
+    """The number that a text is; None for any other text, infinity and NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def counted(number: int, noun: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from ablate.part import COMPONENT_AXES
 from ablate.recipe import recipe_fields
-from ablate.source import InputError, choices
+from ablate.source import InputError, choices, finite_number
 
 JUDGES = ("evaluation", "budget", "prompts", "reward", "scoring", "model.path", "model.revision")
 FIXED = (*JUDGES, "export_weights", "checkpoint_every")  # what trials are judged by, and what changes no result
@@ -120,11 +119,8 @@ def _interval(text: str, field: str, given: str) -> Dimension:
 
 
 def _number(text: str, end: str) -> float:
-    try:
-        value = float(end)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+    value = finite_number(end)
+    if value is None:
         raise InputError(f"--space {text}: got {end!r} as an end, expected a finite number")
     return value
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ablate.source import InputError, choices
+from ablate.source import InputError, choices, finite_number
 
 COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -38,11 +37,8 @@ class StopRule:
         if not found:
             raise InputError(f"got the stop rule {text!r}, expected {EXAMPLE}")
         name, comparison, number = found.groups()
-        try:
-            threshold = float(number)
-        except ValueError:
-            threshold = math.nan
-        if not math.isfinite(threshold):
+        threshold = finite_number(number)
+        if threshold is None:
             raise InputError(f"stop rule {text!r}: got {number!r}, expected a finite number")
         metric = SHORT.get(name, name)
         if metric not in COUNTERS and not any(re.fullmatch(f"{phase}.+", metric) for phase in PHASES):

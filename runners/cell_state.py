@@ -40,7 +40,7 @@ class CellState:
     @property
     def finished(self) -> bool:
         """Whether the cell is never run again."""
-        return self.status in (Status.DONE, Status.DIVERGED, Status.STOPPED)
+        return any(self.status == status for status in Status if status.final)
 
     @property
     def failed(self) -> bool:

@@ -6,13 +6,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command
 
-from ablate import cli
 from ablate.grid import load_grid
 from ablate.plan import make_plan
 from ablate.record import Record, Status
@@ -23,24 +22,9 @@ ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "grids" / "tiny.yaml")
 
 
-Command = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
-def ablate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ablate", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+def columns() -> int:
+    return 80
 
 
 @pytest.mark.parametrize(

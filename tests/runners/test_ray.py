@@ -6,12 +6,13 @@ import contextlib
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cells import BRIEF
+from commands import wait_until
 from rich.console import Console
 
 from ablate.attempts import read_attempts
@@ -29,14 +30,9 @@ pytest.importorskip("ray", reason="Ray is not installed (pip install 'ablate[ray
 GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
 NUM_EPOCHS = 12
 SETTINGS = {
+    **BRIEF,
     "budget.epochs": NUM_EPOCHS,
-    "checkpoint_every": 1,
-    "rollout.num_groups": 2,
-    "rollout.group_size": 2,
-    "rollout.num_steps": 2,
-    "update.updates_per_epoch": 1,
     "evaluation.num_prompts": 2,
-    "evaluation.num_steps": 2,
     "evaluation.every": NUM_EPOCHS,
 }
 PLAN = make_plan(load_grid(GRID, SETTINGS), identify)
@@ -55,12 +51,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield cluster
     finally:
         cluster.shutdown()
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
 
 
 def parent(pid: int) -> int:

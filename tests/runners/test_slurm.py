@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cells import BRIEF
+from commands import wait_until
 from slurm_cluster import SlurmCluster, slurm_cluster
 
 from ablate.attempts import read_attempts
@@ -26,14 +27,9 @@ pytestmark = [
 GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
 NUM_EPOCHS = 30
 SETTINGS = {
+    **BRIEF,
     "budget.epochs": NUM_EPOCHS,
-    "checkpoint_every": 1,
-    "rollout.num_groups": 2,
-    "rollout.group_size": 2,
-    "rollout.num_steps": 2,
-    "update.updates_per_epoch": 1,
     "evaluation.num_prompts": 2,
-    "evaluation.num_steps": 2,
     "evaluation.every": NUM_EPOCHS,
 }
 PLAN = make_plan(load_grid(GRID, SETTINGS), identify)
@@ -45,13 +41,6 @@ def cluster(tmp_path: Path) -> Iterator[SlurmCluster]:
     with slurm_cluster(tmp_path / "slurm") as cluster:
         yield cluster
         subprocess.run(["scancel", "--me"], env=cluster.environment, check=False)
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def run_at_once(cluster: SlurmCluster) -> None:
@@ -81,9 +70,9 @@ def test_a_grid_outlives_its_time_limit_a_preemption_and_a_node(cluster: SlurmCl
 
         def reach(folder: Path, attempt: int) -> str:
             """Wait until a cell has an epoch behind it in this attempt; where it runs."""
-            wait_until(lambda: run_at_once(cluster) or len(read_attempts(folder)) >= attempt)
+            assert wait_until(lambda: run_at_once(cluster) or len(read_attempts(folder)) >= attempt, 180)
             lines = len(read_metrics(folder))
-            wait_until(lambda: len(read_metrics(folder)) > max(lines, 1) or launcher.poll() is not None)
+            assert wait_until(lambda: len(read_metrics(folder)) > max(lines, 1) or launcher.poll() is not None, 180)
             (job,) = (
                 line
                 for line in cluster.ask("squeue", "--me", "--noheader", "--array", "--format=%i %N").splitlines()
@@ -97,7 +86,7 @@ def test_a_grid_outlives_its_time_limit_a_preemption_and_a_node(cluster: SlurmCl
         cluster.ask("scancel", "--signal=TERM", job)  # as SLURM announces a preemption
         node = reach(first, 2).split()[1]
         cluster.lose(node)
-        wait_until(lambda: run_at_once(cluster) or launcher.poll() is not None, 300)
+        assert wait_until(lambda: run_at_once(cluster) or launcher.poll() is not None, 300)
         assert launcher.returncode == 0, (tmp_path / "log.txt").read_text()
     finally:
         launcher.kill()

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from commands import Command, wait_until
 from rich.console import Console
 
 from ablate import cli
@@ -64,12 +64,6 @@ def processes(folder: Path) -> list[int]:
         if "cell" in words and any(word.startswith(str(folder)) for word in words):
             found.append(int(path.parent.name))
     return found
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
 
 
 def epochs(cell: Path) -> list[int]:
@@ -207,25 +201,6 @@ def test_the_next_run_continues_from_the_checkpoint_and_does_nothing_twice(story
     assert saved[-1]["device_hours"] == pytest.approx(before.cost.device_hours, abs=1e-6)
     assert stage.records[SECOND.id] == story.stages[1].records[SECOND.id]
     assert f"ablate report {story.folder}" in stage.out.replace("\n", "")
-
-
-@pytest.fixture
-def ablate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ablate", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
-
-
-Command = Callable[..., tuple[int, str, str]]
 
 
 def test_a_finished_grid_starts_nothing(story: Story, ablate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,7 +481,9 @@ def test_the_processes_of_a_cell_know_each_other_and_their_devices(
 ) -> None:
     words = "$RANK $LOCAL_RANK $WORLD_SIZE $OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES"
     script(
-        folder / "fake", f'echo "{words}" > "$4/rank-$RANK"; echo $ABLATE_MEETING_POINT > "$4/meet-$RANK"', monkeypatch
+        folder / "fake",
+        f'echo "{words}" > "$4/rank-$RANK"; echo $ABLATE_MEETING_POINT > "$4/meet-$RANK"; sleep 1',  # both at once
+        monkeypatch,
     )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import Command, wait_until
 from rich.console import Console
 
-from ablate import cli
 from ablate.attempts import Attempt, begin, complete_last, read_attempts
 from ablate.grid import load_grid
 from ablate.lock import lock, owner
@@ -45,24 +44,6 @@ SETTINGS = {
 PLAN = make_plan(load_grid(GRID, SETTINGS), identify)
 FIRST, SECOND = PLAN.cells[0], PLAN.cells[1]
 OPTIONS = [str(GRID), *(w for key, v in SETTINGS.items() for w in ("--set", f"{key}={'null' if v is None else v}"))]
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def ablate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ablate", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -344,10 +325,10 @@ def test_a_stopped_grid_saves_its_cells_and_goes_on_where_it_was(folder: Path, a
     )  # fmt: skip
     try:
         for cell, what in zip(order, (order[0].id, "quickstart"), strict=True):
-            wait_until(lambda: len(read_metrics(folder / cell.id)) > 1)  # noqa: B023
+            assert wait_until(lambda: len(read_metrics(folder / cell.id)) > 1)  # noqa: B023
             code, out, _ = ablate("stop", what, "--results", folder.parent)
             assert (code, "1 cell asked to stop" in out) == (0, True)
-            wait_until(lambda: read_record(folder / cell.id) is not None)  # noqa: B023
+            assert wait_until(lambda: read_record(folder / cell.id) is not None)  # noqa: B023
         out, _ = run.communicate(timeout=120)
     finally:
         run.kill()
@@ -358,13 +339,6 @@ def test_a_stopped_grid_saves_its_cells_and_goes_on_where_it_was(folder: Path, a
         assert (record.status, record.cost.lost) == (Status.INTERRUPTED, 0.0)
         assert 0 < record.epochs < 200
         assert record.epochs == read_metrics(folder / cell.id)[-1]["epoch"]
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
-    finish = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < finish
-        time.sleep(0.05)
 
 
 def test_nothing_that_runs_is_no_mistake(folder: Path, ablate: Command) -> None:
