@@ -38,6 +38,9 @@ app = typer.Typer(
 WIDE = 160  # columns of tables that go to a file or a pipe, where nothing tells how wide they may be
 
 GridPath = Annotated[Path, typer.Argument(help="A grid file, e.g. grids/quickstart.yaml", metavar="GRID")]
+GridOrResults = Annotated[
+    str, typer.Argument(help="A grid's results, its name in --results, or its file", metavar="GRID|RESULTS")
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A recipe field, e.g. --set kl.coef=1e-4", metavar="FIELD=VALUE")
 ]
@@ -62,6 +65,15 @@ Plugins = Annotated[
         "--allow-plugins",
         help="Import `module:Class` and `module:function` from the current folder and PYTHONPATH too",
         callback=_allow_plugins,
+    ),
+]
+LauncherName = Annotated[
+    str, typer.Option(help="Where cells run: local, inline (in this process), ray or slurm", metavar="NAME")
+]
+LauncherSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--launcher-set", help="A setting of a cluster, e.g. partition=gpu or address=auto", metavar="NAME=VALUE"
     ),
 ]
 Tracking = Annotated[bool, typer.Option(help="Mirror the results to MLflow")]
@@ -133,16 +145,8 @@ def run(
             help="Cells at a time, which share cores and GPUs; by default 1, on a cluster as many as it has room for",
         ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes per cell, one GPU each; the result is the same")] = 1,
-    launcher: Annotated[
-        str, typer.Option(help="Where cells run: local, inline (in this process), ray or slurm", metavar="NAME")
-    ] = "local",
-    launcher_settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--launcher-set", help="A setting of a cluster, e.g. partition=gpu or address=auto", metavar="NAME=VALUE"
-        ),
-    ] = None,
+    launcher: LauncherName = "local",
+    launcher_settings: LauncherSettings = None,
     attempts: Annotated[
         int, typer.Option(min=1, help="Failures of a cell until it is left to the next run; not all are tried again")
     ] = 3,
@@ -171,14 +175,13 @@ def run(
     _plugins: Plugins = False,
 ) -> None:
     """Train every cell that is not finished; the same command continues after an interruption."""
-    from ablate.geometry import check_devices
     from ablate.halving import check_choice
     from ablate.stop_rule import StopRule
     from runners.cell_state import state_of
     from runners.halving import run_within_limits
     from runners.launchers import make_launcher
     from runners.preflight import preflight
-    from runners.sweep import freeze, in_order, run_cells
+    from runners.sweep import freeze, in_order, most_devices, run_cells
     from runners.tracking import Mirror
 
     loaded, whole, planned = _planned(grid, settings, only, seeds)
@@ -190,8 +193,6 @@ def run(
         return
     rule = str(StopRule.parse(stop_when)) if stop_when is not None else None
     check_choice(folder, halving, planned.cells)
-    for cell in planned.cells:
-        check_devices(cell.recipe, processes)
     place = (
         None
         if only_freeze
@@ -199,8 +200,8 @@ def run(
             launcher,
             folder,
             workers=workers,
-            processes=processes,
-            settings=dict(_setting(text, "--launcher-set", "NAME") for text in launcher_settings or ()),
+            devices=most_devices(planned.cells),
+            settings=_launcher_settings(launcher_settings),
             attempts=attempts,
         )
     )
@@ -210,7 +211,7 @@ def run(
         for cell in in_order(planned.cells):
             typer.echo(folder / cell.id)
         return
-    _print_findings(console, preflight(planned.cells, folder, workers=workers or 1, processes=processes))
+    _print_findings(console, preflight(planned.cells, folder, workers=workers or 1))
     at_once = f"{workers or 1} at a time" if workers or launcher == "local" else f"by {launcher}"
     console.print(
         f"{counted(len(planned.cells), 'cell')} in {folder}, {at_once}; combinations excluded: {len(planned.excluded)}"
@@ -253,6 +254,8 @@ def tune(
     settings: Settings = None,
     only: Only = None,
     workers: Annotated[int, typer.Option(min=1, help="Trials at a time; cores and GPUs are shared between them")] = 1,
+    launcher: LauncherName = "local",
+    launcher_settings: LauncherSettings = None,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -262,28 +265,37 @@ def tune(
     results: Results = RESULTS,
 ) -> None:
     """Search values for every combination with equal budgets, by development prompts; write GRID-tuned.yaml."""
-    from functools import partial
-
     from ablate.space import parse_space
+    from runners.launchers import make_launcher
     from runners.preflight import preflight
     from runners.studies import JOURNAL, open_storage
-    from runners.trials import SUFFIX, families, start_cell
+    from runners.sweep import most_devices
+    from runners.trials import SUFFIX, families
     from runners.tuned_grid import check_target, write_tuned_grid
-    from runners.tuning import Tuning
+    from runners.tuning import ATTEMPTS, Tuning
 
     check_target(grid)
     dimensions = parse_space(space)
     _, _, planned = _planned(grid, settings, only, None)
     console, folder, found = _console(), results / (planned.grid + SUFFIX), families(planned, dimensions)
-    _check_models([family.base for family in found])
+    bases = [family.base for family in found]
+    _check_models(bases)
     opened = open_storage(storage or str(folder / JOURNAL))
-    _print_findings(console, preflight([family.base for family in found], folder, workers=workers))
+    place = make_launcher(
+        launcher,
+        folder,
+        workers=workers,
+        devices=most_devices(bases),
+        settings=_launcher_settings(launcher_settings),
+        attempts=ATTEMPTS,
+    )
+    _print_findings(console, preflight(bases, folder, workers=workers))
     tuning = Tuning(
         results=folder,
         families=found,
         storage=opened,
         trials=trials,
-        start=partial(start_cell, workers=workers),
+        launcher=place,
         console=console,
         workers=workers,
     )
@@ -322,7 +334,7 @@ def cell(
 
 @app.command()
 def status(
-    grid: Annotated[Path, typer.Argument(help="A grid file, or its results", metavar="GRID|RESULTS")],
+    grid: GridOrResults,
     settings: Settings = None,
     only: Only = None,
     seeds: Seeds = None,
@@ -333,21 +345,21 @@ def status(
 ) -> None:
     """Show how far a grid's cells are; exit code 0 if all of them are done, else 1."""
     from runners.cell_state import planned_cells, state_of
+    from runners.chosen import find_results, is_grid_file
     from runners.live import live_table
     from runners.live import watch as show_until_done
 
     if watch and as_json:
         raise InputError("--watch and --json: expected one of them")
-    if not grid.exists() and (results / grid / "plan.json").exists():
-        grid = results / grid
-    if grid.is_dir():
-        if settings or only or seeds is not None:
-            raise InputError(f"{grid}: --set, --only and --seeds choose cells of a grid file, and this is a folder")
-        folder, cells = grid, planned_cells(grid)
-        known = {cell.id for cell in cells}
-    else:
-        _, whole, planned = _planned(grid, settings, only, seeds)
+    if is_grid_file(grid):
+        _, whole, planned = _planned(Path(grid), settings, only, seeds)
         folder, cells, known = results / planned.grid, list(planned.cells), {cell.id for cell in whole.cells}
+    elif settings or only or seeds is not None:
+        raise InputError(f"{grid}: --set, --only and --seeds choose cells of a grid file, and this is none")
+    else:
+        folder = find_results(grid, results)
+        cells = planned_cells(folder)
+        known = {cell.id for cell in cells}
     console = _console()
     states = show_until_done(console, folder, cells) if watch else [state_of(folder, cell) for cell in cells]
     others = {path.parent.name for path in folder.glob("*/record.json")} - known
@@ -456,7 +468,7 @@ def clean(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="A grid's results, e.g. results/tiny")],
+    grid: GridOrResults,
     out: Annotated[Path | None, typer.Option(help="Where to write; by default the folder report/ in it")] = None,
     target: Annotated[
         float | None, typer.Option(help="Held-out value that times are taken to; by default half of the best gain")
@@ -465,17 +477,19 @@ def report(
         bool | None,
         typer.Option("--full/--brief", help="All, or table and overview alone; by default brief above 500 cells"),
     ] = None,
+    results: Results = RESULTS,
 ) -> None:
     """Draw figures and tables from a grid's results; needs no GPU, torch or server."""
     from analysis.report import write_report
+    from runners.chosen import find_results
 
-    for path in write_report(results, out, target, brief=None if full is None else not full):
+    for path in write_report(find_results(grid, results), out, target, brief=None if full is None else not full):
         typer.echo(path)
 
 
 @app.command(name="eval")
 def evaluate(
-    results: Annotated[Path, typer.Argument(help="A grid's results, e.g. results/tiny")],
+    grid: GridOrResults,
     rewards: Annotated[
         list[str] | None, typer.Option("--reward", help="Score with this reward; repeat for more")
     ] = None,
@@ -490,6 +504,7 @@ def evaluate(
             metavar="FOLDER|FILE",
         ),
     ] = None,
+    results: Results = RESULTS,
     _plugins: Plugins = False,
 ) -> None:
     """Score cells and their base models on the held-out prompts, with any rewards and guidance scales.
@@ -499,9 +514,10 @@ def evaluate(
     from rich.table import Table
 
     from runners.cell_evaluation import evaluate_cells
+    from runners.chosen import find_results
 
-    console = _console()
-    rows = list(evaluate_cells(results, rewards or [], guidance or [None], cells or [], checkpoints or []))
+    console, folder = _console(), find_results(grid, results)
+    rows = list(evaluate_cells(folder, rewards or [], guidance or [None], cells or [], checkpoints or [], console))
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
@@ -510,7 +526,7 @@ def evaluate(
         values = (row.get(name, "") for name in names)
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
     console.print(table)
-    console.print(f"Images and scores: {results / 'evaluations'}", soft_wrap=True)
+    console.print(f"Images and scores: {folder / 'evaluations'}", soft_wrap=True)
 
 
 @app.command()
@@ -630,13 +646,15 @@ def doctor(
 
 @app.command()
 def sync(
-    results: Annotated[Path, typer.Argument(help="A grid's results, e.g. results/tiny")],
+    grid: GridOrResults,
     tracking_uri: TrackingUri = None,
+    results: Results = RESULTS,
 ) -> None:
     """Bring MLflow up to date with a grid's results, or rebuild it."""
+    from runners.chosen import find_results
     from runners.tracking import sync as synchronise
 
-    summary = synchronise(results, tracking_uri)
+    summary = synchronise(find_results(grid, results), tracking_uri)
     typer.echo(f"{len(summary.runs)} runs in experiment {summary.experiment!r}, {summary.num_points} new points")
 
 
@@ -719,6 +737,10 @@ def _console() -> Console:
 
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=WIDE if wide else None)
+
+
+def _launcher_settings(given: Sequence[str] | None) -> dict[str, Any]:
+    return dict(_setting(text, "--launcher-set", "NAME") for text in given or ())
 
 
 def _check_models(cells: Iterable[Cell]) -> None:

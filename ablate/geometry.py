@@ -6,8 +6,12 @@ on any number of devices. What cannot be dealt out is refused, not rounded.
 
 from __future__ import annotations
 
-from ablate.recipe import Recipe
-from ablate.source import InputError
+from typing import TYPE_CHECKING
+
+from ablate.source import InputError, counted
+
+if TYPE_CHECKING:  # recipes are checked by this
+    from ablate.recipe import Recipe
 
 
 def possible_devices(recipe: Recipe) -> list[int]:
@@ -29,15 +33,21 @@ def check_devices(recipe: Recipe, num_devices: int) -> None:
             f"rollout.resample_rounds = {recipe.rollout.resample_rounds} runs on one device, as which groups are kept "
             f"shows only once all are scored; got {num_devices} devices"
         )
+    if (prompts := recipe.evaluation.num_prompts) < num_devices:
+        raise InputError(
+            f"evaluation.num_prompts = {prompts} is less than one for each of {num_devices} devices: take more prompts "
+            f"or {counted(max(possible), 'device')}"
+        )
     updates, num_groups = recipe.update.updates_per_epoch, recipe.rollout.num_groups
     unit = updates * num_devices
     lower, upper = num_groups // unit * unit, -(-num_groups // unit) * unit
     nearest = " or ".join(str(n) for n in dict.fromkeys((lower, upper)) if n)
-    fewer = max((n for n in possible if n < num_devices), default=None)
-    more = min((n for n in possible if n > num_devices), default=None)
-    devices = " or ".join(str(n) for n in (fewer, more) if n)
+    fewer = [n for n in possible if n < num_devices][-1:]
+    more = [n for n in possible if n > num_devices][:1]
+    *others, last = *fewer, *more
+    devices = "".join(f"{n} or " for n in others) + counted(last, "device")
     raise InputError(
         f"rollout.num_groups = {num_groups} in update.updates_per_epoch = {updates} gives {num_groups // updates} "
-        f"groups per update, which {num_devices} devices cannot share evenly: take {devices} devices, or "
+        f"groups per update, which {num_devices} devices cannot share evenly: take {devices}, or "
         f"rollout.num_groups {nearest}"
     )

@@ -26,6 +26,7 @@ from ablate.variation import vary
 FORMAT = 1  # of the files in results/; a change in meaning raises it
 
 MOST_CELLS = 100_000
+SAME_RESULT = {"scoring", "devices"}  # of a recipe: with more patience, or on more devices, it is the same cell
 FolderName = Annotated[str, Field(pattern=r"^\w[^/\\\x00-\x1f]{0,199}$")]  # of one folder, and no path to another
 
 
@@ -231,7 +232,7 @@ def make_cell(
         "format": FORMAT,
         "components": {axis: part.model_dump(mode="json") for axis, part in components.items()},
         "seed": seed,
-        "recipe": recipe.model_dump(mode="json", exclude={"scoring"}),  # a longer patience is the same cell
+        "recipe": recipe.model_dump(mode="json", exclude=SAME_RESULT),
         "versions": versions,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ablate.geometry import check_devices
+
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -279,6 +281,8 @@ class Recipe(Strict):
     update: UpdateRecipe = UpdateRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     budget: BudgetRecipe
+    devices: Count = 1
+    """GPUs of a cell, one process each; the result is the same on any number that can share its groups."""
     export_weights: bool = True
     """Writes the weights of a finished cell as diffusers loads them; `ablate eval` needs them."""
     checkpoint_every: Count = 10
@@ -291,6 +295,7 @@ class Recipe(Strict):
                 f"rollout.num_groups = {self.rollout.num_groups} must be a multiple of update.updates_per_epoch = "
                 f"{self.update.updates_per_epoch}, as an update takes whole groups; change either"
             )
+        check_devices(self, self.devices)
         return self
 
 

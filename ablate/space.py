@@ -14,7 +14,7 @@ from ablate.recipe import recipe_fields
 from ablate.source import InputError, choices, finite_number
 
 JUDGES = ("evaluation", "budget", "prompts", "reward", "scoring", "model.path", "model.revision")
-FIXED = (*JUDGES, "export_weights", "checkpoint_every")  # what trials are judged by, and what changes no result
+FIXED = (*JUDGES, "devices", "export_weights", "checkpoint_every")  # what judges trials, and what changes no result
 FORMS = "NAME=LOW..HIGH with :log or :int behind it if need be, or NAME=A|B|C"
 FLAGS = ("log", "int")
 PLACES = ("the fields of a recipe", *(f"{axis}.PARAMETER" for axis in COMPONENT_AXES))

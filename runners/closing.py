@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ def close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: bo
             return _close(folder, cell, ended, before, stopped=stopped)
     except Taken:  # another launcher was faster
         return None
+
+
+def note_lost_node(folder: Path) -> None:
+    """Note of an attempt that was left open that its machine has gone, which nobody was there to see."""
+    with suppress(Taken), lock(folder):  # taken: it runs after all
+        attempts = read_attempts(folder)
+        if attempts and attempts[-1].status is None:
+            attempts[-1] = complete(attempts[-1], status=Status.FAILED, failure=Failure.NODE_LOST)
+            write_attempts(folder, attempts)
 
 
 def _close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: bool) -> Record:

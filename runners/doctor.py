@@ -16,7 +16,7 @@ from ablate.geometry import possible_devices
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
 from ablate.recipe import RewardTerm, reward_terms
-from ablate.source import InputError
+from ablate.source import InputError, counted
 from runners.distributed import this_device
 from runners.dry_run import dry_run as go_through
 from runners.hub import check_model
@@ -43,7 +43,7 @@ def examine(cells: Sequence[Cell], results: Path, *, dry_run: bool = True) -> It
     if all(finding.level != "problem" for finding in found):
         found += [memory(cell) for cell in alike_in_memory(cells)]  # before rewards take some of it in this process
         needed = estimated(cells[0])
-        found += [needed] if isinstance(needed, Finding) else host(needed)
+        found += [needed] if isinstance(needed, Finding) else host(needed, cells[0].recipe.devices)
     found += _rewards(recipes)
     yield from dict.fromkeys(found)
     available = all(finding.level != "problem" for finding in found)
@@ -66,7 +66,7 @@ def _device(cells: Sequence[Cell]) -> Finding:
         count = torch.cuda.device_count()
         several = f"{count} x " if count > 1 else ""
         return Finding("ok", f"{several}{torch.cuda.get_device_name()}, {memory_there:.0f} GiB")
-    cores = f"no GPU; {len(os.sched_getaffinity(0))} cores"
+    cores = f"no GPU; {counted(len(os.sched_getaffinity(0)), 'core')}"
     if all(cell.recipe.model.path == EMBEDDED for cell in cells):
         return Finding("ok", f"{cores}, enough for the embedded model")
     why = "torch is built without CUDA" if torch.version.cuda is None else "torch sees no device"
@@ -148,9 +148,14 @@ def _reward(term: RewardTerm, resolution: int) -> Finding:
 def _geometry(cell: Cell) -> Iterator[Finding]:
     recipe = cell.recipe
     possible = possible_devices(recipe)
-    if (there := torch.cuda.device_count()) > 1 and there not in possible:
+    there = torch.cuda.device_count()
+    if 0 < there < recipe.devices:
         nearest = max(n for n in possible if n <= there)
-        yield Finding("warning", f"{there} GPUs cannot share a cell's groups evenly", f"--processes {nearest} can")
+        what = f"devices = {recipe.devices}: this machine has {there}"
+        yield Finding("warning", what, f"devices={nearest}, with the same result, or a launcher with larger machines")
+    elif there > 1 and there not in possible:
+        nearest = max(n for n in possible if n <= there)
+        yield Finding("warning", f"{there} GPUs cannot share a cell's groups evenly", f"devices={nearest} can")
     else:
         yield Finding("ok", f"a cell can use {', '.join(map(str, possible))} devices, with the same result")
     estimator, sampler = (build(axis, cell.components[axis]) for axis in COMPONENT_AXES[1:])

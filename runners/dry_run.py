@@ -41,6 +41,7 @@ def smallest(cell: Cell) -> Cell:
     return with_fields(
         cell,
         {
+            "devices": 1,
             "rollout.num_groups": recipe.update.updates_per_epoch,
             "rollout.group_size": 2,
             "rollout.candidates": None,

@@ -121,8 +121,8 @@ def read_architecture(recipe: ModelRecipe) -> Architecture:
         )
 
 
-def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> MemoryEstimate:
-    """What each device needs where so many share the cell."""
+def estimate(cell: Cell, architecture: Architecture) -> MemoryEstimate:
+    """What each of the cell's devices needs."""
     recipe, model = cell.recipe, cell.recipe.model
     dtype: torch.dtype = getattr(torch, model.dtype)
     network, autoencoder = architecture.transformer, architecture.autoencoder
@@ -185,13 +185,13 @@ def estimate(cell: Cell, architecture: Architecture, num_devices: int = 1) -> Me
         rewards=rewards,
         trained=4 * COPIES * trained,
         prompts=embedding * _num_prompts(recipe),
-        **_samples(cell, 4 * latent[0] * side * side, embedding, num_devices),
+        **_samples(cell, 4 * latent[0] * side * side, embedding),
         rollout=rollout,
-        evaluation=evaluation + embedding * recipe.evaluation.num_prompts // num_devices,
+        evaluation=evaluation + embedding * recipe.evaluation.num_prompts // recipe.devices,
         update=update,
         step=4 * trained,
         decode=decode,
-        host=max(loaded, away + _images(recipe) // num_devices),
+        host=max(loaded, away + _images(recipe) // recipe.devices),
         offloaded=model.offload_encoders,
         rewards_offloaded=recipe.scoring.offload,
     )
@@ -208,20 +208,20 @@ def latents_per_sample(cell: Cell) -> tuple[int, int]:
     return 1 + 3 * scored + recorded, (3 if scored else 2) * points
 
 
-def _samples(cell: Cell, latent: int, embedding: int, num_devices: int) -> dict[str, int]:
+def _samples(cell: Cell, latent: int, embedding: int) -> dict[str, int]:
     """Bytes of the samples of an epoch, and of joining the batches that they come in, on each device."""
-    rollout, updates = cell.recipe.rollout, cell.recipe.update.updates_per_epoch
+    rollout, updates, devices = cell.recipe.rollout, cell.recipe.update.updates_per_epoch, cell.recipe.devices
     rolled, probed = (latent * number for number in latents_per_sample(cell))
     chosen = rollout.num_groups * rollout.group_size
     drawn = rollout.num_groups * (rollout.candidates or rollout.group_size)
-    parts = drawn * rolled if drawn > num_devices * rollout.batch_size else 0
+    parts = drawn * rolled if drawn > devices * rollout.batch_size else 0
     kept = chosen * rolled if rollout.resample_rounds else 0  # of the rounds before
     sizes = {
         "samples": drawn * (embedding + rolled),
         "joining": parts + kept,
         "probe": chosen * probed + chosen // updates * (embedding + probed),
     }
-    return {name: size // num_devices for name, size in sizes.items()}
+    return {name: size // devices for name, size in sizes.items()}
 
 
 def _rewards(recipe: Recipe) -> int:

@@ -44,7 +44,7 @@ class Finding:
     remedy: str = ""
 
 
-def preflight(cells: Sequence[Cell], folder: Path, *, workers: int = 1, processes: int = 1) -> Iterator[Finding]:
+def preflight(cells: Sequence[Cell], folder: Path, *, workers: int = 1) -> Iterator[Finding]:
     """What speaks against starting these cells in a grid's folder: memory or disk that will not do."""
     todo = [cell for cell in cells if not finished(folder / cell.id)]
     large = [cell for cell in todo if cell.recipe.model.path != EMBEDDED]
@@ -55,16 +55,16 @@ def preflight(cells: Sequence[Cell], folder: Path, *, workers: int = 1, processe
 
         there, num_devices = device_memory()
         for cell in alike_in_memory(large):
-            needed = estimated(cell, processes)
+            needed = estimated(cell)
             if isinstance(needed, Finding):
                 found.append(needed)
                 continue
             trained = max(trained, needed.trained // COPIES)
-            shared = -(-workers * processes // num_devices)  # cells on one device
+            shared = -(-workers * cell.recipe.devices // num_devices)  # cells on one device
             if shared * needed.peak >= USABLE * there:
                 hint = "`ablate doctor` on this grid says what fits"
                 found.append(Finding("warning", _in_words(needed, there, shared), hint))
-            found += host(needed, workers * processes)
+            found += host(needed, workers * cell.recipe.devices)
     found.append(disk(todo, folder, trained, workers))
     yield from (finding for finding in found if finding.level != "ok")
 
@@ -88,12 +88,12 @@ def alike_in_memory(cells: Sequence[Cell]) -> list[Cell]:
     return list(most.values())
 
 
-def estimated(cell: Cell, num_devices: int = 1) -> MemoryEstimate | Finding:
-    """What each device needs where so many share the cell, or why that cannot be said."""
+def estimated(cell: Cell) -> MemoryEstimate | Finding:
+    """What each of the cell's devices needs, or why that cannot be said."""
     from runners.memory_estimate import estimate, read_architecture  # noqa: PLC0415
 
     try:
-        return estimate(cell, read_architecture(cell.recipe.model), num_devices)
+        return estimate(cell, read_architecture(cell.recipe.model))
     except OSError as error:
         return Finding("warning", f"no estimate of memory: {error}", "it needs the model's configuration files")
     except (ValueError, RuntimeError) as error:  # the network's own: a size it cannot have, a kernel that is not there
@@ -109,9 +109,11 @@ def memory(cell: Cell) -> Finding:
     limit = USABLE * there
     what, remedies = _in_words(needed, there), []
     together = max(n for n in possible_devices(cell.recipe) if n <= num_devices)
-    if together > 1 and isinstance(each := estimated(cell, together), type(needed)):
-        what += f"; {each.peak / 2**30:.2g} GiB on each of {together} devices with --processes {together}"
-        remedies = [f"--processes {together} fits, with the same result"] if each.peak < limit else []
+    if together > cell.recipe.devices and isinstance(
+        each := estimated(with_fields(cell, {"devices": together})), type(needed)
+    ):
+        what += f"; {each.peak / 2**30:.2g} GiB on each of {together} devices"
+        remedies = [f"devices={together} fits, with the same result"] if each.peak < limit else []
     if needed.peak < limit:
         return Finding("ok", what)
     if sizes := batches_that_fit(cell, needed, limit):

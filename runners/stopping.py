@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from runners.launchers.protocol import Ended, Job
+
+AT_ONCE = 60  # seconds that cells get to end, once they were asked to stop at once
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # the last: submitit's, a while before a time limit
 ONE_REQUEST = 5  # seconds within which signals are one request: systemd, SLURM and torchrun send or pass on several
 
@@ -35,3 +38,29 @@ def stop_requests(at_once: float = math.inf) -> Iterator[list[float]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_jobs(jobs: Sequence[Job], requests: Sequence[float]) -> list[Ended]:
+    """Ask jobs to stop, and wait until they have saved themselves. Asked again: at once, then by force."""
+    heard = len(requests)
+
+    def wait(requested: int, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while None in [job.poll() for job in jobs] and len(requests) == requested and time.monotonic() < end:
+            time.sleep(0.1)
+
+    try:
+        _cancel(jobs)
+        wait(heard, math.inf)
+        if len(requests) > heard:
+            time.sleep(0.5)  # a cell heard of the first request a moment later, and ignores what follows too soon
+            _cancel(jobs)
+            wait(heard + 1, AT_ONCE)
+    finally:
+        _cancel(jobs, force=True)
+    return [job.poll() or Ended(code=-9) for job in jobs]
+
+
+def _cancel(jobs: Sequence[Job], *, force: bool = False) -> None:
+    for job in jobs:
+        job.cancel(force=force)

@@ -27,9 +27,7 @@ from runners.launchers.protocol import Ended, Job, Launcher
 from runners.live import live, live_table
 from runners.retries import answer
 from runners.stop_files import launcher_requests
-from runners.stopping import ONE_REQUEST, stop_requests
-
-AT_ONCE = 60  # seconds that cells get to end, once they were asked to stop at once
+from runners.stopping import ONE_REQUEST, stop_jobs, stop_requests
 
 
 def freeze(results: Path, plan: Plan, grid_text: str) -> None:
@@ -68,18 +66,17 @@ def run_cells(
     console: Console,
     launcher: Launcher | None = None,
     workers: int = 1,
-    processes: int = 1,
     attempts: int = 1,
     device_hours: float | None = None,
 ) -> list[CellState]:
     """Run the cells that are not finished, and show them live.
 
-    `launcher`: where; by default here, `workers` at a time and `processes` each. `attempts`: how often each may fail
+    `launcher`: where; by default here, `workers` at a time. `attempts`: how often each may fail
     before it is left to the next run. Once all cells of the plan, not these alone, have spent `device_hours`, with what
     was lost, none is started, and running ones are asked to stop. Raises KeyboardInterrupt when asked to stop, by any
     of SIGNALS, once every running cell has saved itself.
     """
-    launcher = launcher or LocalLauncher(workers, processes)
+    launcher = launcher or LocalLauncher(workers, most_devices(cells))
     sweep = _Sweep(results=results, cells=cells, console=console, launcher=launcher, attempts=attempts)
     planned = [cell["id"] for cell in read_json(results / "plan.json")["cells"]] if device_hours is not None else []
 
@@ -104,13 +101,18 @@ def run_cells(
             if isinstance(error, KeyboardInterrupt):
                 console.print(
                     "Stopping: each running cell finishes its epoch and saves. "
-                    f"Ctrl-C again, {ONE_REQUEST} seconds from now or later: at once."
+                    f"Ctrl-C, {ONE_REQUEST} seconds from now or later: at once."
                 )
             sweep.stop(requests)
             raise
         finally:
             launcher.close()
     return [state_of(results, cell) for cell in cells]
+
+
+def most_devices(cells: Sequence[Cell]) -> int:
+    """The devices of the cell that asks for most of them."""
+    return max((cell.recipe.devices for cell in cells), default=1)
 
 
 def in_order(cells: Sequence[Cell]) -> list[Cell]:
@@ -197,30 +199,10 @@ class _Sweep:
             self.later.append((time.monotonic() + again[0], running.cell))
 
     def stop(self, requests: Sequence[float]) -> None:
-        """Ask all cells to stop, and wait until they have saved themselves. Asked again: at once, then by force."""
-        heard = len(requests)
-        try:
-            self._cancel()
-            while not self._all_ended() and len(requests) == heard:
-                time.sleep(0.1)
-            if len(requests) > heard:
-                time.sleep(0.5)  # a cell heard of the first request a moment later, and ignores what follows too soon
-                self._cancel()
-                end = time.monotonic() + AT_ONCE
-                while not self._all_ended() and len(requests) == heard + 1 and time.monotonic() < end:
-                    time.sleep(0.1)
-        finally:
-            for running in self.running.values():
-                running.job.cancel(force=True)
-        for running in self.running.values():
-            self._close(running, running.job.poll() or Ended(code=-9), stopped=True)
-
-    def _cancel(self) -> None:
-        for running in self.running.values():
-            running.job.cancel()
-
-    def _all_ended(self) -> bool:
-        return None not in [running.job.poll() for running in self.running.values()]
+        """Stop all cells, and close them."""
+        ends = stop_jobs([running.job for running in self.running.values()], requests)
+        for running, ended in zip(self.running.values(), ends, strict=True):
+            self._close(running, ended, stopped=True)
 
 
 def _hours(folder: Path) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,10 @@ from typing import Any
 from ablate.compatibility import impossible
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell, Plan, make_cell
-from ablate.record import Record, write_atomic
+from ablate.record import write_atomic
 from ablate.source import FieldError, InputError, choices
 from ablate.space import Dimension
 from ablate.variation import vary
-from runners.launchers.local import devices_of
-from runners.launchers.processes import environments, fair_threads, start
 
 SPLIT = "development"  # of the held-out prompts that trials are judged by; never the one that is reported
 SUFFIX = "-tune"  # of the folder beside the grid's own
@@ -158,18 +155,3 @@ def write_plan(results: Path, cells: Sequence[Cell]) -> None:
     grid = cells[0].grid if cells else results.name
     plan = Plan(grid=grid, order=order, cells=tuple(cells), excluded=(), listed=True)
     write_atomic(results / "plan.json", plan.to_json())
-
-
-def start_cell(folder: Path, slot: int, workers: int) -> subprocess.Popen[bytes]:
-    """Train the cell of a folder in a process of its own, on its share of the machine."""
-    (process,) = start(folder, environments(1, devices_of(slot, workers), fair_threads(workers))).processes
-    return process
-
-
-def why_failed(folder: Path, record: Record | None) -> str:
-    """The message of a cell's record, or the last line that its process has printed."""
-    if record and record.message:
-        return f"{record.status}: {record.message}"
-    log = folder / "log.txt"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "its process has ended without a word"

@@ -9,43 +9,36 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.text import Text
 
 from ablate.halving import MEASURES
 from ablate.lock import is_locked, lock
 from ablate.plan import Cell
 from ablate.record import Record, Status, read_cell, read_metrics, read_record
 from ablate.source import FieldError, InputError
+from runners.cell_state import state_of
+from runners.closing import Before, close
 from runners.halving import stop
-from runners.stopping import stop_requests
+from runners.launchers.protocol import Job, Launcher
+from runners.live import live, live_table
+from runners.retries import answer
+from runners.stopping import stop_jobs, stop_requests
 from runners.studies import adopt, open_study, sampler
-from runners.trials import Family, why_failed, write_cell, write_plan
+from runners.trials import Family, write_cell, write_plan
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-ATTEMPTS = 3  # failures of a trial's cell, one per `ablate tune`, until the trial has failed
+ATTEMPTS = 3  # failures of a trial's cell until the trial has failed
 PATIENCE = 60  # seconds that another tuner may take to choose its next trial
-
-
-class Process(Protocol):
-    """What trains a cell; subprocess.Popen is one."""
-
-    def poll(self) -> int | None: ...
-
-    def terminate(self) -> None: ...
-
-    def wait(self) -> int: ...
-
-
-Start = Callable[[Path, int], Process]  # the folder of a cell, and the slot that it runs in
 
 
 @dataclass(kw_only=True)
@@ -53,10 +46,12 @@ class _Running:
     family: Family
     study: Study
     trial: Trial
+    cell: Cell
     folder: Path
-    slot: int
     claim: contextlib.ExitStack  # held as long as this process is at work on the trial
-    process: Process | None = None  # none while another process trains the cell, which a killed tuner has left
+    job: Job | None = None  # none while it waits, or another process trains the cell, which a killed tuner has left
+    before: Before
+    due: float = 0.0  # time.monotonic() before which it is not handed over again
     hopeless: str = ""
 
 
@@ -68,9 +63,9 @@ class Tuning:
     families: Sequence[Family]
     storage: BaseStorage
     trials: int  # of each family
-    start: Start
+    launcher: Launcher
     console: Console
-    workers: int = 1
+    workers: int = 1  # trials at a time
     pause: float = 0.5  # seconds between looks at the cells
     studies: dict[str, Study] = field(init=False)
     running: list[_Running] = field(default_factory=list)
@@ -86,7 +81,7 @@ class Tuning:
 
         Raises KeyboardInterrupt when asked to stop, by SIGINT or SIGTERM, once every running cell has saved itself.
         """
-        with stop_requests() as requests:
+        with live(self.console, self._table) as refresh, stop_requests() as requests:
             try:
                 while True:
                     if requests:
@@ -96,9 +91,11 @@ class Tuning:
                     if not self.running:
                         break
                     self.running = [running for running in self.running if not self._ended(running)]
+                    refresh()
                     time.sleep(self.pause)
             finally:
-                self._stop()
+                self._stop(requests)
+                self.launcher.close()
                 write_plan(self.results, self._cells())
         return all(len(self.finished(family)) >= self.trials for family in self.families)
 
@@ -106,6 +103,13 @@ class Tuning:
         """The trials of a family that have come to an end."""
         found = self.studies[family.study].get_trials(deepcopy=False)
         return [trial for trial in found if trial.state.is_finished()]
+
+    def _table(self, height: int | None = None) -> Group:
+        """The trials at work, and how many have ended."""
+        states = [state_of(self.results, running.cell) for running in self.running]
+        ended = sum(len(self.finished(family)) for family in self.families)
+        said = Text(f"{ended} of {self.trials * len(self.families)} trials have ended", style="bold")
+        return Group(live_table(self.console, states, height=height), said) if states else Group(said)
 
     def _cells(self) -> list[Cell]:
         """The cells of all trials so far."""
@@ -144,9 +148,9 @@ class Tuning:
             self._tell(study, trial, claim, "FAIL", why=f"not possible: {error}")
             return None
         trial.set_user_attr("cell", cell.id)
-        slot = min(set(range(self.workers)) - {other.slot for other in self.running})
         folder = write_cell(self.results, cell)
-        return _Running(family=family, study=study, trial=trial, folder=folder, slot=slot, claim=claim)
+        before = Before.of(folder)
+        return _Running(family=family, study=study, trial=trial, cell=cell, folder=folder, claim=claim, before=before)
 
     def _claim(self, family: Family, number: int) -> contextlib.ExitStack | None:
         """Hold a trial; None if another process does, or if it failed here before."""
@@ -180,19 +184,27 @@ class Tuning:
 
     def _ended(self, running: _Running) -> bool:
         """Look at a cell: report what it has evaluated, end it if hopeless, and close its trial when it has ended."""
-        record = read_record(running.folder)
-        if running.process is None and not (record and record.status.final) and not is_locked(running.folder):
-            running.process = self.start(running.folder, running.slot)
-            return False
-        ended = running.process.poll() is not None if running.process else not is_locked(running.folder)
+        if running.job is None:
+            return self._begin(running)
+        ended = running.job.poll()
         self._report(running)
-        if not ended:
+        if ended is None:
             return False
-        if running.process and is_locked(running.folder):  # what a killed tuner had started was faster
-            running.process = None
+        record = close(running.folder, running.cell, ended, running.before)
+        running.job = None
+        return record is not None and self._close(running, record)  # without one, another process has the cell
+
+    def _begin(self, running: _Running) -> bool:
+        """Hand a cell over, unless another process has it, or had it and has finished it: then close its trial."""
+        self._report(running)
+        if is_locked(running.folder) or time.monotonic() < running.due:
             return False
-        self._close(running, read_record(running.folder))
-        return True
+        record = read_record(running.folder)
+        if record and record.status.final:
+            return self._close(running, record)
+        running.before = Before.of(running.folder)
+        (running.job,) = self.launcher.submit([running.folder])
+        return False
 
     def _report(self, running: _Running) -> None:
         """Report held-out values to the study, and ask the cell to end if they are hopeless."""
@@ -202,35 +214,42 @@ class Tuning:
             if value is None or epoch == 0 or epoch in known:
                 continue
             running.trial.report(value, epoch)
-            if not running.hopeless and running.process and running.trial.should_prune():
+            if not running.hopeless and running.job and running.trial.should_prune():
                 running.hopeless = f"hopeless: {value:.4g} at epoch {epoch}, below the median of the trials before"
-                running.process.terminate()
+                running.job.cancel()
 
-    def _close(self, running: _Running, record: Record | None) -> None:
+    def _close(self, running: _Running, record: Record) -> bool:
+        """Close the trial of a cell that has ended; False where the cell is tried again."""
         study, trial, claim = running.study, running.trial, running.claim
-        if running.hopeless and record and not record.status.final:
+        if running.hopeless and not record.status.final:
             stop(running.folder, running.hopeless, discard=True)
-            record = read_record(running.folder)
-        spent = _hours(record)
-        value = _measured(record.metrics) if record else None
-        if record and record.status is Status.DONE and value is not None:
+            record = read_record(running.folder) or record
+        spent, value = _hours(record), _measured(record.metrics)
+        if record.status is Status.DONE and value is not None:
             self._tell(study, trial, claim, "COMPLETE", value, spent)
-        elif record and record.status.final:
+        elif record.status.final:
             self._tell(study, trial, claim, "PRUNED", why=f"{record.status}: {record.message}", device_hours=spent)
         else:
-            self._failed(running, record)
+            return self._failed(running, record)
+        return True
 
-    def _failed(self, running: _Running, record: Record | None) -> None:
-        """Leave a trial whose cell failed to the next start, unless it has failed too often."""
+    def _failed(self, running: _Running, record: Record) -> bool:
+        """Try a cell that failed again, or leave it to the next start; after too many failures its trial has failed."""
         study, trial, claim = running.study, running.trial, running.claim
-        why, failures = why_failed(running.folder, record), trial.user_attrs.get("failures", 0) + 1
+        why, failures = f"{record.status}: {record.message}", trial.user_attrs.get("failures", 0) + 1
         trial.set_user_attr("failures", failures)
         if failures >= ATTEMPTS:
             self._tell(study, trial, claim, "FAIL", why=f"failed {failures} times: {why}", device_hours=_hours(record))
-            return
+            return True
+        again = answer(record, failures, ATTEMPTS)
+        after = f"; again in {again[0]:g} s, {again[1]}" if again else "; left to the next `ablate tune`"
+        self.console.print(f"{running.folder}: {why}{after}", style="red", markup=False)
+        if again:
+            running.due = time.monotonic() + again[0]
+            return False
         self.left.add((running.family.study, trial.number))
-        self.console.print(f"{running.folder}: {why}", style="red", markup=False)
         claim.close()
+        return True
 
     def _tell(
         self,
@@ -252,20 +271,19 @@ class Tuning:
         ending = f"{value:.4g}" if value is not None else why
         self.console.print(f"{study.study_name} trial {trial.number}: {ending}", markup=False, highlight=False)
 
-    def _stop(self) -> None:
-        """Ask all cells to save themselves, and wait until they have; their trials go on with the next start."""
+    def _stop(self, requests: Sequence[float]) -> None:
+        """Stop all cells; their trials go on with the next start."""
+        at_work = [(running, running.job) for running in self.running if running.job]
+        ends = stop_jobs([job for _, job in at_work], requests)
+        for (running, _), ended in zip(at_work, ends, strict=True):
+            close(running.folder, running.cell, ended, running.before, stopped=True)
         for running in self.running:
-            if running.process:
-                running.process.terminate()
-        for running in self.running:
-            if running.process:
-                running.process.wait()
             running.claim.close()
 
 
-def _hours(record: Record | None) -> float:
+def _hours(record: Record) -> float:
     """Device-hours of a cell, with what was lost."""
-    return record.cost.device_hours + record.cost.lost / 3600 if record else 0.0
+    return record.cost.device_hours + record.cost.lost / 3600
 
 
 def _measured(metrics: Any) -> float | None:

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ablate.source import InputError
-from runners.launchers.processes import CellProcesses, environments, fair_threads, start
+from runners.launchers.processes import CellProcesses, environments, fair_threads, processes_of, start
 from runners.launchers.protocol import Job
 
 
 class LocalLauncher:
-    """`places` cells at a time, `processes` each; GPUs and cores are dealt out between them.
+    """`places` cells at a time, of `most` processes each at most; GPUs and cores are dealt out between them.
 
     Cells outlive a launcher that is killed: the next `ablate run` leaves them alone while they run.
     """
 
-    def __init__(self, places: int = 1, processes: int = 1) -> None:
-        self.places, self.processes = places, processes
+    def __init__(self, places: int = 1, most: int = 1) -> None:
+        self.places, self.most = places, most
         self.slots: dict[int, CellProcesses] = {}
 
     def submit(self, folders: Sequence[Path]) -> list[Job]:
@@ -30,28 +30,28 @@ class LocalLauncher:
     def _start(self, folder: Path) -> CellProcesses:
         self.slots = {slot: cell for slot, cell in self.slots.items() if cell.poll() is None}
         slot = min(set(range(self.places)) - self.slots.keys())
-        threads = fair_threads(self.places * self.processes)
-        own = environments(self.processes, devices_of(slot, self.places, self.processes), threads)
+        processes = processes_of(folder)
+        devices = devices_of(slot, self.places, self.most)[:processes]
+        own = environments(processes, devices, fair_threads(self.places * processes))
         cell = self.slots[slot] = start(folder, own)
         return cell
 
 
-def devices_of(slot: int, places: int, processes: int = 1) -> list[str]:
-    """The GPUs of one of `places`; with fewer GPUs than processes, they share them."""
+def devices_of(slot: int, places: int, each: int = 1) -> list[str]:
+    """The GPUs of one of `places`, so many for each; with fewer GPUs than that, places share them."""
     devices = visible_gpus() if places > 1 else []
-    first = slot * processes
-    return [devices[(first + rank) % len(devices)] for rank in range(processes)] if devices else []
+    return [devices[(slot * each + rank) % len(devices)] for rank in range(each)] if devices else []
 
 
-def check_gpus(processes: int) -> None:
-    """Raises InputError if a machine with GPUs has fewer of them than a cell has processes.
+def check_gpus(devices: int) -> None:
+    """Raises InputError if a machine with GPUs has fewer of them than a cell asks for.
 
     Cells may share a GPU, as small ones leave it idle most of the time; processes of one cell may not: NCCL refuses.
     """
-    if processes > 1 and 0 < len(gpus := visible_gpus()) < processes:
+    if devices > 1 and 0 < len(gpus := visible_gpus()) < devices:
         raise InputError(
-            f"--processes {processes}: each process needs a GPU of its own, and this machine has {len(gpus)}; expected "
-            f"{len(gpus)} at most"
+            f"devices = {devices}: each process of a cell needs a GPU of its own, and this machine has {len(gpus)}; "
+            f"expected {len(gpus)} at most, as by --set devices={len(gpus)}"
         )
 
 

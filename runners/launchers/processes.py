@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ablate.record import read_cell
+from ablate.source import InputError
 from runners.launchers.protocol import Ended
 
 PATIENCE = 5  # seconds that the other processes of a cell get, once one has failed
@@ -103,6 +105,17 @@ def start(folder: Path, environments: Sequence[Mapping[str, str]], *, tied: bool
                 for own in environments
             ]
         )
+
+
+def processes_of(folder: Path) -> int:
+    """How many processes a launcher starts for a cell, by its recipe: one per device.
+
+    One, if it cannot be read: which the process then says, and ends the cell alone.
+    """
+    try:
+        return read_cell(folder).recipe.devices
+    except InputError:
+        return 1
 
 
 def environments(processes: int, devices: Sequence[str] = (), threads: int | None = None) -> list[dict[str, str]]:

@@ -16,23 +16,24 @@ from typing import Any
 
 from ablate.attempts import read_attempts
 from ablate.source import InputError
+from runners.closing import note_lost_node
 from runners.launchers import check_settings
-from runners.launchers.processes import environments, start
+from runners.launchers.processes import environments, processes_of, start
 from runners.launchers.protocol import Ended, Job
 
 SETTINGS = {"address": str, "gpus": int, "cpus": int}
 
 
 class RayLauncher:
-    """One task per cell, with as many GPUs as it has processes if the cluster has any.
+    """One task per cell, with as many GPUs as its recipe asks for, `most` at most, if the cluster has any.
 
     `settings`: `address` of a cluster, by default RAY_ADDRESS or one of this machine alone; `gpus` and `cpus` per cell.
     """
 
-    def __init__(self, workers: int | None, processes: int, settings: Mapping[str, Any], attempts: int) -> None:
+    def __init__(self, workers: int | None, most: int, settings: Mapping[str, Any], attempts: int) -> None:
         check_settings(settings, SETTINGS)
         self.ray = _ray()
-        self.places, self.processes = workers or sys.maxsize, processes
+        self.places, self.settings = workers or sys.maxsize, settings
         address = settings.get("address") or os.environ.get("RAY_ADDRESS") or "local"
         alone: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
@@ -40,15 +41,12 @@ class RayLauncher:
             self.ray.init(address=address, log_to_driver=False, **alone)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"--launcher ray: no cluster at {address}: {str(error).splitlines()[0]}") from None
-        there = self.ray.cluster_resources()
-        self.gpus = settings.get("gpus", processes if there.get("GPU") else 0)
-        self.cpus = settings.get("cpus", processes)
-        for name, wanted in (("GPU", self.gpus), ("CPU", self.cpus)):
+        self.has_gpus = bool(self.ray.cluster_resources().get("GPU"))
+        for name, wanted in zip(("GPU", "CPU"), self._needs(most), strict=True):
             if wanted > max(node["Resources"].get(name, 0) for node in self.ray.nodes() if node["Alive"]):
                 self.close()
                 raise InputError(f"--launcher ray: a cell needs {wanted} {name}s, which no node of {address} has")
-        needs = {"num_gpus": self.gpus, "num_cpus": self.cpus}
-        self.task = self.ray.remote(**needs, max_retries=attempts - 1, max_calls=1)(run_task)
+        self.task = self.ray.remote(max_retries=attempts - 1, max_calls=1)(run_task)
 
     def submit(self, folders: Sequence[Path]) -> list[Job]:
         return [self._submit(folder.resolve()) for folder in folders]
@@ -57,8 +55,15 @@ class RayLauncher:
         self.ray.shutdown()
 
     def _submit(self, folder: Path) -> RayJob:
-        task = self.task.options(name=folder.name)
-        return RayJob(self.ray, task.remote(str(folder), os.getcwd(), self.processes, self.cpus), folder)
+        processes = processes_of(folder)
+        gpus, cpus = self._needs(processes)
+        task = self.task.options(name=folder.name, num_gpus=gpus, num_cpus=cpus)
+        return RayJob(self.ray, task.remote(str(folder), os.getcwd(), processes, cpus), folder)
+
+    def _needs(self, processes: int) -> tuple[int, int]:
+        """GPUs and cores of a cell."""
+        gpus = self.settings.get("gpus", processes if self.has_gpus else 0)
+        return gpus, self.settings.get("cpus", processes)
 
 
 class RayJob:
@@ -90,6 +95,9 @@ def run_task(folder: str, where: str, processes: int, cpus: int) -> tuple[int, i
     """
     if Path(where).is_dir():
         os.chdir(where)  # for components of the user's own
+    left_open = [attempt.host for attempt in read_attempts(Path(folder)) if attempt.status is None]
+    if left_open and left_open[-1] not in {n["NodeManagerHostname"] for n in _ray().nodes() if n["Alive"]}:
+        note_lost_node(Path(folder))
     cell = start(Path(folder), environments(processes, threads=max(1, cpus // processes)), tied=True)
     while True:
         try:

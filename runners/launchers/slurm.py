@@ -19,7 +19,8 @@ from typing import Any
 from ablate.attempts import read_attempts
 from ablate.record import Status, read_record, write_atomic
 from ablate.source import InputError
-from runners.launchers.processes import CellProcesses, environments, fair_threads, start
+from runners.closing import note_lost_node
+from runners.launchers.processes import CellProcesses, environments, fair_threads, processes_of, start
 from runners.launchers.protocol import Ended, Job
 
 ARRAY = 1000  # jobs of one array; SLURM's MaxArraySize is 1001 unless a site has changed it
@@ -29,25 +30,22 @@ DEFAULTS = {"time": 24 * 60, "signal_delay_s": 600}  # minutes; seconds before t
 
 
 class SlurmLauncher:
-    """An array of jobs, `workers` of them at a time, with as many GPUs as a cell has processes if the site has any.
+    """Arrays of jobs, `workers` of them at a time, with as many GPUs as a cell asks for if the site has any.
+
+    Cells that ask for the same number of GPUs are one array.
 
     `settings` are submitit's, such as partition, time in minutes, signal_delay_s, account, mem, gpus_per_node.
     """
 
-    def __init__(self, results: Path, workers: int | None, processes: int, settings: Mapping[str, Any]) -> None:
-        submitit = _submitit()
-        self.places, self.processes = ARRAY, processes
+    def __init__(self, results: Path, workers: int | None, settings: Mapping[str, Any]) -> None:
+        self.places = ARRAY
         self.folder = (results / "slurm").resolve()
-        parameters = {"job_name": "ablate", **DEFAULTS, "stderr_to_stdout": True, **settings}
-        parameters.setdefault("array_parallelism", workers or ARRAY)
-        if processes > 1:
-            parameters.setdefault("cpus_per_task", processes)
+        at_once = {"array_parallelism": workers or ARRAY}
+        self.parameters = {"job_name": "ablate", **DEFAULTS, "stderr_to_stdout": True, **at_once, **settings}
         try:
-            if "gpus_per_node" not in settings and _has_gpus(settings.get("partition")):
-                parameters["gpus_per_node"] = processes
+            self.has_gpus = _has_gpus(settings.get("partition"))
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.executor = submitit.SlurmExecutor(self.folder, max_num_timeout=10**6)
-            self.executor.update_parameters(**parameters)
+            self._executor(1)
         except (OSError, RuntimeError) as error:
             raise InputError(f"--launcher slurm: {error}; is this a machine that can submit jobs?") from None
         except ValueError as error:
@@ -55,17 +53,32 @@ class SlurmLauncher:
         self.queue = Queue()
 
     def submit(self, folders: Sequence[Path]) -> list[Job]:
+        alike: dict[int, list[Path]] = {}
+        for folder in folders:
+            alike.setdefault(processes_of(folder), []).append(folder)
+        jobs = {job.folder: job for processes, some in alike.items() for job in self._submit(processes, some)}
+        return [jobs[folder] for folder in folders]
+
+    def close(self) -> None:
+        pass
+
+    def _executor(self, processes: int) -> Any:
+        """What submits cells of so many processes. Raises what submitit does."""
+        executor = _submitit().SlurmExecutor(self.folder, max_num_timeout=10**6)
+        cores = {"cpus_per_task": processes} if processes > 1 else {}
+        gpus = {"gpus_per_node": processes} if self.has_gpus else {}
+        executor.update_parameters(**cores, **gpus, **self.parameters)
+        return executor
+
+    def _submit(self, processes: int, folders: Sequence[Path]) -> list[SlurmJob]:
+        """One array."""
         words = [self.folder / f"{folder.name}-{uuid.uuid4().hex[:8]}.json" for folder in folders]
         given = [(str(folder.resolve()), str(word)) for folder, word in zip(folders, words, strict=True)]
-        task = SlurmTask(self.processes, os.getcwd())
-        jobs = self.executor.map_array(task, *zip(*given, strict=True))
+        jobs = self._executor(processes).map_array(SlurmTask(processes, os.getcwd()), *zip(*given, strict=True))
         return [
             SlurmJob(job.job_id, folder, word, self.queue)
             for job, folder, word in zip(jobs, folders, words, strict=True)
         ]
-
-    def close(self) -> None:
-        pass
 
 
 class SlurmTask:
@@ -79,6 +92,8 @@ class SlurmTask:
         """The processes of a cell until they have ended; how, is written to the file `word`."""
         if Path(self.where).is_dir():
             os.chdir(self.where)  # for components of the user's own
+        if os.environ.get("SLURM_RESTART_COUNT"):  # by itself: a cell that was asked to stop has closed its attempt
+            note_lost_node(Path(folder))
         threads = fair_threads(self.processes)
         self.cell = start(Path(folder), environments(self.processes, threads=threads), tied=True)
         while (ended := self.cell.poll()) is None:

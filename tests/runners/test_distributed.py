@@ -19,6 +19,7 @@ import torch
 from cells import folder_of
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.normalization import RMSNorm
+from pydantic import ValidationError
 from torch.nn import functional
 
 from ablate.geometry import check_devices, possible_devices
@@ -27,6 +28,7 @@ from ablate.plan import make_plan
 from ablate.record import Status, read_metrics, read_record
 from ablate.source import InputError
 from runners.distributed import World
+from runners.preflight import with_fields
 from runners.run import set_up
 
 GRIDS = Path(__file__).parents[2] / "grids"
@@ -244,6 +246,12 @@ def test_the_geometry_is_kept_or_refused_with_the_nearest_one() -> None:
         "rollout.num_groups = 48 in update.updates_per_epoch = 2 gives 24 groups per update, which 5 devices cannot "
         "share evenly: take 4 or 6 devices, or rollout.num_groups 40 or 50"
     )
+    with pytest.raises(ValidationError, match="which 5 devices cannot share evenly"):
+        with_fields(CELLS["grpo/trajectory/sde"], {"rollout.num_groups": 48, "devices": 5})
+    few = large.model_copy(update={"evaluation": large.evaluation.model_copy(update={"num_prompts": 5})})
+    assert possible_devices(few) == [1, 2, 3, 4]
+    with pytest.raises(InputError, match=r"evaluation.num_prompts = 5 is less than one for each of 6 .* or 4 devices"):
+        check_devices(few, 6)
 
 
 def test_fewer_held_out_prompts_than_processes_are_refused_by_all(tmp_path: Path) -> None:

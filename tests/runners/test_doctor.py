@@ -154,7 +154,7 @@ def test_each_reward_and_each_member_of_a_panel_is_a_finding() -> None:
 
 
 def needed(cell: Cell, num_devices: int = 1) -> MemoryEstimate:
-    found = estimated(cell, num_devices)
+    found = estimated(with_fields(cell, {"devices": num_devices}))
     assert isinstance(found, MemoryEstimate)
     return found
 
@@ -168,10 +168,10 @@ def test_several_devices_share_what_one_cannot_hold(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(preflight, "device_memory", lambda: (int(alone * 1.5), 5))
     found = memory(cell)
     assert (found.level, found.remedy) == ("ok", "")
-    assert f"{together / 2**30:.2g} GiB on each of 4 devices with --processes 4" in found.what
+    assert f"{together / 2**30:.2g} GiB on each of 4 devices" in found.what
     monkeypatch.setattr(preflight, "device_memory", lambda: (int(alone), 5))
     found = memory(cell)
-    assert (found.level, found.remedy) == ("warning", "--processes 4 fits, with the same result")
+    assert (found.level, found.remedy) == ("warning", "devices=4 fits, with the same result")
 
 
 def test_the_batch_that_is_the_largest_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +257,7 @@ def test_cells_that_differ_in_rewards_or_in_guidance_of_evaluations_are_not_alik
 def test_memory_is_looked_at_before_rewards_take_some_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(doctor, "memory", lambda _: order.append("memory") or Finding("ok", "enough"))
-    monkeypatch.setattr(doctor, "host", lambda _: order.append("host") or [Finding("warning", "little left")])
+    monkeypatch.setattr(doctor, "host", lambda *_: order.append("host") or [Finding("warning", "little left")])
     monkeypatch.setattr(doctor, "_rewards", lambda _: order.append("rewards") or [])
     found = [finding.what for finding in examine(cells(), tmp_path, dry_run=False)]
     assert order[-1] == "rewards"

@@ -172,10 +172,11 @@ def test_inline_a_cell_that_fails_does_not_end_the_others(
         ("slrum", {}, "--launcher slrum: there is no such launcher.*slurm"),
         ("local", {"settings": {"gpus": 1}}, "--launcher-set gpus: the launcher local has no settings"),
         ("inline", {"workers": 2}, "runs one cell at a time in one process"),
+        ("inline", {"devices": 2}, "runs one cell at a time in one process"),
         ("ray", {"settings": {"adress": "auto"}}, "--launcher-set adress: there is no such setting.*address"),
     ],
 )
 def test_a_launcher_that_cannot_be_is_refused(tmp_path: Path, name: str, given: dict[str, Any], message: str) -> None:
-    options: dict[str, Any] = {"workers": None, "processes": 1, "settings": {}, "attempts": 1, **given}
+    options: dict[str, Any] = {"workers": None, "devices": 1, "settings": {}, "attempts": 1, **given}
     with pytest.raises(InputError, match=message):
         make_launcher(name, tmp_path, **options)

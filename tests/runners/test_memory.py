@@ -40,7 +40,7 @@ def with_model(cell: Cell, micro_batch_size: int | None = None, **model: object)
 
 
 def of(cell: Cell, num_devices: int = 1) -> MemoryEstimate:
-    return estimate(cell, read_architecture(cell.recipe.model), num_devices)
+    return estimate(with_fields(cell, {"devices": num_devices}), read_architecture(cell.recipe.model))
 
 
 def test_storages_are_counted_while_they_live() -> None:
@@ -179,7 +179,7 @@ def test_joining_the_batches_of_a_rollout_takes_what_was_estimated(
     assert len(parts) == 6
     assert memory_estimate._peak(lambda: concatenate(parts)) == of(cell).joining
     assert of(small(estimator, sampler, rollout__batch_size=96)).joining == 0
-    assert of(cell, num_devices=6).joining == 0
+    assert of(small(estimator, sampler, evaluation__num_prompts=6), num_devices=6).joining == 0
 
 
 @pytest.mark.parametrize(("estimator", "sampler"), [("trajectory", "sde"), ("elbo-simple", "ode")])

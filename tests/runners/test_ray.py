@@ -15,7 +15,7 @@ from cells import BRIEF
 from commands import wait_until
 from rich.console import Console
 
-from ablate.attempts import read_attempts
+from ablate.attempts import Attempt, begin, read_attempts
 from ablate.grid import load_grid
 from ablate.lock import is_locked, owner
 from ablate.plan import make_plan
@@ -70,25 +70,29 @@ def test_a_grid_outlives_its_workers_and_a_node(cluster: Any, tmp_path: Path) ->
     freeze(results, PLAN.keep(lambda cell: cell in cells), "name: quickstart\n")
     first, second = (results / cell.id for cell in cells)
 
+    begin(first, Attempt(host="a node that is no more"))
+
     def strike() -> None:
-        os.kill(parent(at_work(first, 1)), signal.SIGKILL)  # the worker of Ray
+        os.kill(parent(at_work(first, 2)), signal.SIGKILL)  # the worker of Ray
         worker = parent(at_work(second, 1))
         node = next(n for n in cluster.nodes_of_cells if n.all_processes["raylet"][0].process.pid == parent(worker))
         cluster.remove_node(node, allow_graceful=False)
 
     settings = {"address": cluster.address}
-    launcher = make_launcher("ray", results, workers=None, processes=1, settings=settings, attempts=4)
+    launcher = make_launcher("ray", results, workers=None, devices=1, settings=settings, attempts=4)
     striker = threading.Thread(target=strike)
     striker.start()
     states = run_cells(results, cells, console=Console(quiet=True), launcher=launcher, attempts=4)
     striker.join()
     assert [state.status for state in states] == ["done", "done"]
-    for folder in (first, second):
+    assert read_attempts(first)[0].failure is Failure.NODE_LOST
+    for folder, number in ((first, 2), (second, 1)):
         record, attempts = read_record(folder), read_attempts(folder)
         assert record is not None
-        assert record.attempts == len(attempts) >= 2
+        assert record.attempts == len(attempts) > number
         assert [line["epoch"] for line in read_metrics(folder)] == list(range(NUM_EPOCHS + 1))
-        assert (attempts[0].status, attempts[0].failure) == (Status.FAILED, Failure.KILLED)
+        killed = attempts[number - 1]
+        assert (killed.status, killed.failure) == (Status.FAILED, Failure.KILLED)
         assert [a.status for a in attempts].count(Status.DONE) == 1
         assert record.cost.lost == pytest.approx(3600 * sum(a.lost_device_hours for a in attempts), abs=1e-3)
 
@@ -96,11 +100,11 @@ def test_a_grid_outlives_its_workers_and_a_node(cluster: Any, tmp_path: Path) ->
 def test_what_no_node_has_is_refused(cluster: Any, tmp_path: Path) -> None:
     settings = {"address": cluster.address, "gpus": 2}
     with pytest.raises(InputError, match="a cell needs 2 GPUs, which no node of"):
-        make_launcher("ray", tmp_path, workers=None, processes=1, settings=settings, attempts=1)
+        make_launcher("ray", tmp_path, workers=None, devices=1, settings=settings, attempts=1)
 
 
 @pytest.mark.parametrize("settings", [{"adress": "local"}, {"gpus": "two"}, {"address": "127.0.0.1:1"}])
 def test_settings_that_cannot_be_are_refused_in_one_line(tmp_path: Path, settings: dict[str, Any]) -> None:
     with contextlib.suppress(ImportError), pytest.raises(InputError) as refused:
-        make_launcher("ray", tmp_path, workers=None, processes=1, settings=settings, attempts=1)
+        make_launcher("ray", tmp_path, workers=None, devices=1, settings=settings, attempts=1)
     assert len(str(refused.value).splitlines()) == 1

@@ -17,7 +17,7 @@ from slurm_cluster import SlurmCluster, slurm_cluster
 from ablate.attempts import read_attempts
 from ablate.grid import load_grid
 from ablate.plan import make_plan
-from ablate.record import Status, read_metrics, read_record
+from ablate.record import Failure, Status, read_metrics, read_record
 from runners.identity import identify
 
 pytestmark = [
@@ -70,7 +70,7 @@ def test_a_grid_outlives_its_time_limit_a_preemption_and_a_node(cluster: SlurmCl
 
         def reach(folder: Path, attempt: int) -> str:
             """Wait until a cell has an epoch behind it in this attempt; where it runs."""
-            assert wait_until(lambda: run_at_once(cluster) or len(read_attempts(folder)) >= attempt, 180)
+            assert wait_until(lambda: run_at_once(cluster) or len(read_attempts(folder)) >= attempt, 180, 0.2)
             lines = len(read_metrics(folder))
             assert wait_until(lambda: len(read_metrics(folder)) > max(lines, 1) or launcher.poll() is not None, 180)
             (job,) = (
@@ -86,7 +86,7 @@ def test_a_grid_outlives_its_time_limit_a_preemption_and_a_node(cluster: SlurmCl
         cluster.ask("scancel", "--signal=TERM", job)  # as SLURM announces a preemption
         node = reach(first, 2).split()[1]
         cluster.lose(node)
-        assert wait_until(lambda: run_at_once(cluster) or launcher.poll() is not None, 300)
+        assert wait_until(lambda: run_at_once(cluster) or launcher.poll() is not None, 300, 0.2)
         assert launcher.returncode == 0, (tmp_path / "log.txt").read_text()
     finally:
         launcher.kill()
@@ -96,7 +96,8 @@ def test_a_grid_outlives_its_time_limit_a_preemption_and_a_node(cluster: SlurmCl
         assert record is not None
         assert record.status is Status.DONE
         assert [line["epoch"] for line in read_metrics(folder)] == list(range(NUM_EPOCHS + 1))
-    ends = [attempt.status for attempt in read_attempts(first)]
-    assert ends[:2] == [Status.INTERRUPTED, Status.FAILED]
-    assert ends[-1] is Status.DONE
+    limit, node_lost, *_, last = read_attempts(first)
+    assert limit.status is Status.INTERRUPTED
+    assert (node_lost.status, node_lost.failure) == (Status.FAILED, Failure.NODE_LOST)
+    assert last.status is Status.DONE
     assert read_attempts(second)[0].status is Status.INTERRUPTED

@@ -26,13 +26,14 @@ from ablate.lock import is_locked, lock
 from ablate.plan import Cell, make_plan
 from ablate.record import Ledger, Record, Status, read_metrics, read_record, write_atomic, write_ledger
 from ablate.source import InputError
-from runners import stopping, sweep
+from runners import stopping
 from runners.cell_state import state_of
 from runners.identity import identify
 from runners.launchers import local
 from runners.launchers import processes as cell_processes
 from runners.launchers.local import LocalLauncher, check_gpus
 from runners.live import live_table
+from runners.preflight import with_fields
 from runners.sweep import freeze, in_order, run_cells
 
 GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
@@ -242,6 +243,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "g"
 
 
+def on_devices(folder: Path, *cells: Cell, devices: int = 2) -> list[Cell]:
+    """The cells with so many devices, in their folders too."""
+    changed = [with_fields(cell, {"devices": devices, "rollout.num_groups": 3 * devices}) for cell in cells]
+    for cell in changed:
+        write_atomic(folder / cell.id / "cell.json", cell.model_dump_json())
+    return changed
+
+
 def console() -> Console:
     return Console(width=100, quiet=True)
 
@@ -376,7 +385,7 @@ def test_a_stop_does_not_wait_for_a_process_that_waits_for_one_that_failed(
     signals_once_ready(folder, signal.SIGTERM)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_cells(folder, [FIRST], processes=2, console=console())
+        run_cells(folder, on_devices(folder, FIRST), console=console())
     assert time.monotonic() - start < 10
     assert record_of(folder, FIRST).status is Status.INTERRUPTED
 
@@ -384,12 +393,12 @@ def test_a_stop_does_not_wait_for_a_process_that_waits_for_one_that_failed(
 def test_cells_that_do_not_end_at_once_are_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = 'trap "" TERM; touch "$4/ready-$RANK"'
     script(folder / "fake", f"{body}; for i in $(seq 400); do sleep 0.05; done", monkeypatch)
-    monkeypatch.setattr(sweep, "AT_ONCE", 0.2)
+    monkeypatch.setattr(stopping, "AT_ONCE", 0.2)
     monkeypatch.setattr(stopping, "ONE_REQUEST", 0.1)
     signals_once_ready(folder, signal.SIGINT, signal.SIGTERM, pause=0.5)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_cells(folder, [FIRST], processes=2, console=console())
+        run_cells(folder, on_devices(folder, FIRST), console=console())
     assert time.monotonic() - start < 10
     assert record_of(folder, FIRST).status is Status.INTERRUPTED
     assert processes(folder) == []
@@ -401,7 +410,7 @@ def test_two_signals_of_one_request_let_cells_save_themselves(folder: Path, monk
     script(folder / "fake", f"{body}; for i in $(seq 400); do sleep 0.05; done", monkeypatch)
     signals_once_ready(folder, signal.SIGINT, signal.SIGTERM, pause=0.2)
     with pytest.raises(KeyboardInterrupt):
-        run_cells(folder, [FIRST], processes=2, console=console())
+        run_cells(folder, on_devices(folder, FIRST), console=console())
     for rank in (0, 1):
         assert (folder / FIRST.id / f"saved-{rank}").exists()
         assert (folder / FIRST.id / f"asked-{rank}").read_text() == "x\n"
@@ -488,7 +497,7 @@ def test_the_processes_of_a_cell_know_each_other_and_their_devices(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(local, "visible_gpus", lambda: ["0", "1", "2", "3"])
-    run_cells(folder, [FIRST, SECOND], workers=2, processes=2, console=console())
+    run_cells(folder, on_devices(folder, FIRST, SECOND), workers=2, console=console())
     for cell, devices in ((FIRST, "0,1"), (SECOND, "2,3")):
         told = [(folder / cell.id / f"rank-{rank}").read_text().strip() for rank in (0, 1)]
         assert told == [f"0 0 2 2 {devices}", f"1 1 2 2 {devices}"]
@@ -496,10 +505,23 @@ def test_the_processes_of_a_cell_know_each_other_and_their_devices(
     assert meeting[0][0] == meeting[0][1] != meeting[1][0] == meeting[1][1]
 
 
+def test_each_cell_has_as_many_devices_as_its_recipe_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = 'echo "$CUDA_VISIBLE_DEVICES $OMP_NUM_THREADS" > "$4/rank-${RANK:-0}"; sleep 1'
+    script(folder / "fake", told, monkeypatch)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(local, "visible_gpus", lambda: list("0123456"))
+    cells = [*on_devices(folder, FIRST, devices=3), *on_devices(folder, SECOND, devices=1)]
+    run_cells(folder, cells, workers=2, console=console())
+    found = {path.parent.name: path.read_text() for path in folder.glob("*/rank-0")}
+    assert found == {FIRST.id: "0,1,2 2\n", SECOND.id: "3 6\n"}
+    assert len(list(folder.glob("*/rank-*"))) == 4
+
+
 def test_where_one_process_fails_the_others_end_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(folder / "fake", 'if [ "$RANK" = 1 ]; then echo no luck; exit 3; fi; exec sleep 600', monkeypatch)
     monkeypatch.setattr(cell_processes, "PATIENCE", 0.1)
-    (state,) = run_cells(folder, [FIRST], processes=2, console=console())
+    (state,) = run_cells(folder, on_devices(folder, FIRST), console=console())
     assert state.status == "failed"
 
 
@@ -511,14 +533,14 @@ def test_a_record_names_the_process_that_was_killed_and_not_who_missed_it(
     write_atomic(folder / "missed.json", missed.model_dump_json())
     body = f'if [ $RANK = {killed} ]; then kill -9 $$; fi; cp "{folder}/missed.json" "$4/record.json"; exit 1'
     script(folder / "fake", body, monkeypatch)
-    (state,) = run_cells(folder, [FIRST], processes=2, console=console())
+    (state,) = run_cells(folder, on_devices(folder, FIRST), console=console())
     assert (state.status, state.message) == ("failed", f"process {killed} of 2: killed by SIGKILL")
 
 
 def test_a_process_that_is_ended_here_is_not_the_one_at_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(folder / "fake", 'if [ "$RANK" = 1 ]; then echo no luck; exit 3; fi; exec sleep 600', monkeypatch)
     monkeypatch.setattr(cell_processes, "PATIENCE", 0.1)
-    (state,) = run_cells(folder, [FIRST], processes=2, console=console())
+    (state,) = run_cells(folder, on_devices(folder, FIRST), console=console())
     assert state.message == "process 1 of 2: exit code 3: no luck"
 
 
@@ -555,7 +577,7 @@ def test_more_processes_than_gpus_are_refused(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if given:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    with contextlib.nullcontext() if allowed else pytest.raises(InputError, match=r"--processes 3: .* machine has 2;"):
+    with contextlib.nullcontext() if allowed else pytest.raises(InputError, match=r"devices = 3: .* machine has 2;"):
         check_gpus(3)
     check_gpus(1)
 
@@ -564,10 +586,10 @@ def test_the_command_line_refuses_more_processes_than_gpus_before_it_writes(
     tmp_path: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "visible_gpus", lambda: ["0", "1"])
-    words = ["run", str(GRID), "--results", tmp_path / "r", "--no-tracking", "--processes", "3"]
+    words = ["run", str(GRID), "--results", tmp_path / "r", "--no-tracking", "--set", "devices=3"]
     code, out, error = ablate(*words, "--set", "rollout.num_groups=24", "--set", "update.updates_per_epoch=2")
     assert (code, out, len(error.splitlines())) == (2, "", 1)
-    assert "--processes 3" in error
+    assert "devices = 3" in error
     assert not (tmp_path / "r").exists()
 
 
@@ -575,10 +597,12 @@ def test_two_processes_through_the_front_door(tmp_path: Path, ablate: Command) -
     words = [*OPTIONS[:-2], "--set", "rollout.num_groups=4", "--set", "update.updates_per_epoch=2"]
     words += ["--set", "budget.epochs=1", "--results", str(tmp_path), "--no-tracking"]
     words[words.index(f"id={FIRST.id}")] = "objective=epg"
-    code, _, error = ablate("run", *words, "--processes", "3")
+    code, _, error = ablate("run", *words, "--set", "devices=3")
     assert code == 2
     assert "which 3 devices cannot share evenly: take 2 devices" in error
-    code, _, error = ablate("run", *words, "--only", "estimator=trajectory", "--seeds", "0", "--processes", "2")
+    code, _, error = ablate("run", *words, "--only", "estimator=trajectory", "--seeds", "0", "--set", "devices=2")
     assert code == 0, error
     (path,) = tmp_path.glob("*/*/record.json")
     assert json.loads(path.read_text())["provenance"]["num_devices"] == 2
+    code, out, _ = ablate("run", *words, "--only", "estimator=trajectory", "--seeds", "0", "--dry-run")
+    assert (code, out.split()) == (0, ["done", path.parent.name])  # on one device it is the same cell

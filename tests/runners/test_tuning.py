@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial
+from postgresql_server import database
 from rich.console import Console
 
 from ablate import cli
 from ablate.grid import load_grid
 from ablate.lock import lock
 from ablate.plan import Plan, make_plan
-from ablate.record import Ledger, Record, Status, read_cell, read_metrics, read_record, write_atomic
+from ablate.record import Failure, Ledger, Record, Status, read_cell, read_metrics, read_record, write_atomic
 from ablate.source import InputError
 from ablate.space import parse_space
+from runners import retries
+from runners.launchers.protocol import Ended
 from runners.studies import UNPRUNED, open_storage
 from runners.trials import Family, families, value_of
 from runners.tuned_grid import check_target, write_tuned_grid
@@ -53,15 +56,22 @@ class Killed(BaseException):
 class Cells:
     """Stands in for the training of cells: each look at one is an epoch, whose value depends on the learning rate."""
 
+    failure: Failure | None = None  # of those that fail
+
     def __init__(self, *, dies_after: int | None = None, kind: Callable[[float], str] = lambda _: "done") -> None:
         self.dies_after, self.kind = dies_after, kind
         self.epochs: list[tuple[str, int]] = []
         self.starts: list[str] = []
         self.dead = False
 
-    def __call__(self, folder: Path, slot: int) -> Training:
-        self.starts.append(folder.name)
-        return Training(self, folder)
+    places = 1
+
+    def submit(self, folders: Sequence[Path]) -> list[Training]:
+        self.starts += [folder.name for folder in folders]
+        return [Training(self, folder) for folder in folders]
+
+    def close(self) -> None:
+        pass
 
 
 class Training:
@@ -70,13 +80,13 @@ class Training:
     def __init__(self, cells: Cells, folder: Path) -> None:
         self.cells, self.folder, self.cell = cells, folder, read_cell(folder)
         self.rate = self.cell.recipe.update.learning_rate
-        self.code: int | None = None
+        self.ended: Ended | None = None
         (folder / "record.json").unlink(missing_ok=True)
         (folder / "checkpoint").mkdir(exist_ok=True)
 
-    def poll(self) -> int | None:
-        if self.code is not None:
-            return self.code
+    def poll(self) -> Ended | None:
+        if self.ended or self.cells.dead:
+            return self.ended or Ended(started=False)
         cells, epoch = self.cells, len(read_metrics(self.folder))
         if cells.dies_after is not None and len(cells.epochs) >= cells.dies_after:
             cells.dead = True
@@ -87,28 +97,26 @@ class Training:
         kind = cells.kind(self.rate)
         if kind != "done" or epoch == 4:
             self._end(Status(kind))
-        return self.code
+        return self.ended
 
-    def terminate(self) -> None:
-        if self.code is None and not self.cells.dead:
+    def cancel(self, *, force: bool = False) -> None:
+        if self.ended is None and not self.cells.dead:
             self._end(Status.INTERRUPTED)
 
-    def wait(self) -> int:
-        return self.code or 0
-
     def _end(self, status: Status) -> None:
-        write_record(self.folder, status)
-        self.code = 0 if status.final else 1
+        write_record(self.folder, status, self.cells.failure if status is Status.FAILED else None)
+        self.ended = Ended(code=0 if status.final else 1)
 
 
-def write_record(folder: Path, status: Status) -> None:
+def write_record(folder: Path, status: Status, failure: Failure | None = None) -> None:
     last = read_metrics(folder)[-1]
     metrics = {name: value for name, value in last.items() if name.startswith("eval/")}
     cost = Ledger(rollout=36.0 * last["epoch"])
     message = "" if status is Status.DONE else "because"
     record = Record(
-        id=folder.name, status=status, message=message, seed=2, epochs=last["epoch"], cost=cost, metrics=metrics
-    )
+        id=folder.name, status=status, failure=failure, message=message, seed=2, epochs=last["epoch"], cost=cost,
+        metrics=metrics,
+    )  # fmt: skip
     write_atomic(folder / "record.json", record.model_dump_json())
 
 
@@ -132,13 +140,15 @@ def found(tmp_path: Path) -> list[Family]:
     return families(planned(tmp_path), parse_space(SPACE))
 
 
-def tuning(found: Sequence[Family], folder: Path, cells: Cells, trials: int = 3, workers: int = 1) -> Tuning:
+def tuning(
+    found: Sequence[Family], folder: Path, cells: Cells, trials: int = 3, workers: int = 1, storage: str = ""
+) -> Tuning:
     return Tuning(
         results=folder / "results",
         families=found,
-        storage=open_storage(str(folder / "results" / "journal.log")),
+        storage=open_storage(storage or str(folder / "results" / "journal.log")),
         trials=trials,
-        start=cells,
+        launcher=cells,
         console=Console(file=io.StringIO(), width=500),
         workers=workers,
         pause=0,
@@ -256,6 +266,21 @@ def test_a_failed_trial_is_tried_again_by_the_next_starts_and_then_given_up(
     assert sorted(Counter(cells.starts).values()) == [1, 1, 1, 1, ATTEMPTS, ATTEMPTS]
 
 
+def test_a_trial_that_runs_out_of_memory_goes_on_at_once(
+    found: list[Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(retries.ANSWERS, Failure.OUT_OF_MEMORY, (0.2, "with smaller batches"))
+    cells = Cells(kind=lambda _: "failed" if len(cells.starts) == 1 else "done")
+    cells.failure = Failure.OUT_OF_MEMORY
+    done = tuning(found, tmp_path, cells)
+    assert done.run()
+    assert {trial.state.name for family in found for trial in done.finished(family)} == {"COMPLETE"}
+    assert cells.starts[0] == cells.starts[1]
+    assert len(cells.starts) == 1 + 2 * 3
+    assert isinstance(done.console.file, io.StringIO)
+    assert "failed: because; again in 0.2 s, with smaller batches" in done.console.file.getvalue()
+
+
 def test_values_that_are_not_possible_together_are_a_trial_without_training(tmp_path: Path) -> None:
     text = GRID.replace("[ode]", "[{name: mixed, window: 1}]").replace("reinforce", "epg")
     space = parse_space(["sampler.window=1..4:int", "rollout.num_steps=3..5:int"])
@@ -271,18 +296,23 @@ def test_values_that_are_not_possible_together_are_a_trial_without_training(tmp_
     assert len(set(cells.starts)) == len(cells.starts)  # equal values are one cell, which is not trained again
 
 
-def test_two_tuners_share_the_trials_and_do_none_twice(found: list[Family], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["a journal", "PostgreSQL"])
+def test_two_tuners_share_the_trials_and_do_none_twice(
+    found: list[Family], tmp_path: Path, kept: str, request: pytest.FixtureRequest
+) -> None:
+    url = database(request.getfixturevalue("postgresql_url"), "trials") if kept == "PostgreSQL" else ""
+
     class Meeting(Cells):
         """In the midst of its first cell another tuner comes, and does all that is left."""
 
-        def __call__(self, folder: Path, slot: int) -> Training:
-            training = super().__call__(folder, slot)
+        def submit(self, folders: Sequence[Path]) -> list[Training]:
+            training = super().submit(folders)
             if len(self.starts) == 1:
-                assert not tuning(found, tmp_path, other).run()
+                assert not tuning(found, tmp_path, other, storage=url).run()
             return training
 
     other, cells = Cells(), Meeting()
-    done = tuning(found, tmp_path, cells)
+    done = tuning(found, tmp_path, cells, storage=url)
     assert done.run()
     assert (len(cells.starts), len(other.starts)) == (1, 5)
     assert len(set(cells.starts + other.starts)) == 6
@@ -290,17 +320,8 @@ def test_two_tuners_share_the_trials_and_do_none_twice(found: list[Family], tmp_
 
 
 def test_workers_train_several_trials_at_a_time(found: list[Family], tmp_path: Path) -> None:
-    slots: list[int] = []
-
-    class Slots(Cells):
-        def __call__(self, folder: Path, slot: int) -> Training:
-            slots.append(slot)
-            return super().__call__(folder, slot)
-
-    cells = Slots()
+    cells = Cells()
     assert tuning(found, tmp_path, cells, workers=3).run()
-    assert slots[:3] == [0, 1, 2]
-    assert set(slots) == {0, 1, 2}
     first = [name for name, _ in cells.epochs[:3]]
     assert len(set(first)) == 3
 

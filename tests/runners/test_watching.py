@@ -23,7 +23,7 @@ from ablate.source import InputError
 from runners import live
 from runners.anew import start_anew
 from runners.cell_state import CellState, state_of
-from runners.chosen import choose, find_cell
+from runners.chosen import choose, find_cell, find_results
 from runners.identity import identify
 from runners.live import clock, live_table, watch
 from runners.logs import read_log
@@ -184,7 +184,7 @@ def test_status_for_scripts(folder: Path, ablate: Command) -> None:
 
 def test_options_of_status_that_do_not_go_together(folder: Path, ablate: Command) -> None:
     assert "expected one of them" in ablate("status", folder, "--watch", "--json")[2]
-    assert "this is a folder" in ablate("status", folder, "--seeds", "0")[2]
+    assert "and this is none" in ablate("status", folder, "--seeds", "0")[2]
     code, _, err = ablate("status", folder / FIRST.id)
     assert (code, "it has no plan.json" in err) == (2, True)
 
@@ -229,7 +229,7 @@ def test_a_cell_is_meant_by_its_id_its_start_or_its_folder(folder: Path) -> None
     with pytest.raises(InputError, match="cells are meant") as several:
         find_cell(unique[:1], folder.parent)
     assert str(own) in str(several.value)
-    with pytest.raises(InputError, match="no cell in") as none:
+    with pytest.raises(InputError, match="no cell of") as none:
         find_cell(FIRST.id[:-1] + "~", folder.parent)
     assert FIRST.id in str(none.value)
 
@@ -249,6 +249,17 @@ def test_a_grid_is_meant_by_its_file_its_name_or_its_results(folder: Path) -> No
     assert (one.results, one.whole, one.cells) == (folder, False, (folder / FIRST.id,))
     with pytest.raises(InputError, match="has no results"):
         choose(str(GRID), folder.parent / "elsewhere")
+    with pytest.raises(InputError, match=r"quikstart: no grid of .* has this name, .*did you mean 'quickstart'\?"):
+        choose("quikstart", folder.parent)
+    with pytest.raises(InputError, match=r"qquickstart.yaml: no such file"):
+        choose(str(GRID.with_name("qquickstart.yaml")), folder.parent)
+
+
+@pytest.mark.parametrize("command", ["report", "eval", "sync", "status"])
+def test_results_are_named_as_everywhere(folder: Path, ablate: Command, command: str) -> None:
+    code, _, error = ablate(command, "quikstart", "--results", folder.parent)
+    assert (code, "did you mean 'quickstart'?" in error) == (2, True)
+    assert find_results("quickstart", folder.parent) == folder == find_results(str(folder), Path("elsewhere"))
 
 
 # logs
