@@ -25,6 +25,7 @@ from ablate.probe_rows import FOLDER as PROBE
 from ablate.record import Record, Status, parse_metrics, read_cell, read_plan, read_record
 from ablate.secrets import without_secrets
 from ablate.source import InputError, text_of
+from runners.databases import with_driver
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -310,7 +311,7 @@ def _client(uri: str) -> MlflowClient:
     os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=with_driver(uri))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ablate.seeding import derive_seed
 from ablate.source import InputError
+from runners.databases import with_driver
 from runners.trials import Family
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def open_storage(where: str) -> BaseStorage:
     if not separator:
         return _journal(Path(where))
     try:
-        storage: BaseStorage = optuna.storages.RDBStorage(where.replace("postgresql://", "postgresql+psycopg://", 1))
+        storage: BaseStorage = optuna.storages.RDBStorage(with_driver(where))
     except ImportError as error:
         raise InputError(f"--storage postgresql://...: {error}; pip install 'ablate[tune]' has the driver") from None
     except Exception as error:  # the driver's own, of many kinds: no server, no database, no permission

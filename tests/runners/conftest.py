@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from postgresql_server import can_serve, postgresql
 
 from runners import mlflow_writer
 
@@ -15,3 +17,12 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     mlflow_writer._client(f"sqlite:///{path}").search_experiments()
     return path
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """A server of PostgreSQL."""
+    if not can_serve():
+        pytest.skip("PostgreSQL is not installed")
+    with postgresql() as url:
+        yield url

@@ -11,12 +11,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import wait_until
+from postgresql_server import database
 
 from ablate.grid import load_grid
 from ablate.lock import is_locked
@@ -75,13 +77,6 @@ def end(folder: Path) -> None:
     assert start(folder).wait() == 0
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> None:
-    last = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < last
-        time.sleep(0.02)
-
-
 def content(results: Path, uri: str | None = None) -> dict[str, Any]:
     """All that MLflow has of a grid but its own ids: by run, params, tags, state, times, last values and histories."""
     client = mlflow_writer._client(uri or default_uri(results))
@@ -126,7 +121,7 @@ def test_cells_that_are_killed_in_parallel_and_the_mirror_too(results: Path, emp
     folders = [results / cell.id for cell in PLAN.cells]
     with ExitStack() as ended:
         ended.callback(first.kill)
-        wait_for(lambda: is_locked(results))
+        assert wait_until(lambda: is_locked(results))
         mirrors = [ended.enter_context(Mirror(results, seconds=0.05)) for _ in range(2)]  # of two further `ablate run`
         for attempt in range(4):
             running = [start(folder) for folder in folders]
@@ -137,13 +132,13 @@ def test_cells_that_are_killed_in_parallel_and_the_mirror_too(results: Path, emp
                 cell.send_signal(signal.SIGKILL)
                 cell.wait()
             if attempt == 1:
-                wait_for(lambda: runs_of(results))
+                assert wait_until(lambda: runs_of(results))
                 assert [mirror.summary for mirror in mirrors] == [None, None]
                 with pytest.raises(Mirrored, match="another process mirrors it"):
                     sync(results)
                 first.kill()
                 first.wait()
-                wait_for(lambda: any(mirror.summary for mirror in mirrors))
+                assert wait_until(lambda: any(mirror.summary for mirror in mirrors))
     assert any(mirror.summary for mirror in mirrors)
     found = content(results)
     assert_equal_to_the_files(results, found)
@@ -237,10 +232,22 @@ def test_a_tracking_server_that_comes_late_gets_everything(
             end(results / cell.id)
         assert mirror.summary is None
         with server(results.parent, port):
-            wait_for(lambda: mirror.summary and len(mirror.summary.runs) == len(PLAN.cells))
+            assert wait_until(lambda: mirror.summary and len(mirror.summary.runs) == len(PLAN.cells))
             mirror.close()
             found = content(results, uri)
     assert_equal_to_the_files(results, found)
     assert found[PLAN.cells[0].id][5] == ["samples"]
+    sync(results)
+    assert content(results) == found
+
+
+def test_a_database_of_postgresql_has_the_same(results: Path, postgresql_url: str) -> None:
+    for cell in PLAN.cells:
+        end(results / cell.id)
+    uri = database(postgresql_url, "mlflow")
+    assert len(sync(results, uri).runs) == len(PLAN.cells)
+    assert sync(results, uri).num_points == 0
+    found = content(results, uri)
+    assert_equal_to_the_files(results, found)
     sync(results)
     assert content(results) == found

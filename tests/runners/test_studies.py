@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import optuna
 import pytest
+from postgresql_server import database
 
 from ablate.source import InputError
 from runners.studies import open_storage
-
-POSTGRESQL = os.environ.get("ABLATE_TEST_POSTGRESQL", "")  # URL of an empty database
 
 
 @pytest.mark.parametrize("where", ["sqlite:///studies.db", "sqlite+pysqlite:///studies.db", "studies.db", "a.sqlite3"])
@@ -71,8 +69,9 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
         open_storage(str(tmp_path / "notes.txt"))
 
 
-@pytest.mark.skipif(not POSTGRESQL, reason="ABLATE_TEST_POSTGRESQL names no database")
-def test_studies_are_kept_in_postgresql() -> None:
-    optuna.create_study(storage=open_storage(POSTGRESQL), study_name="a").ask()
-    assert numbers(open_storage(POSTGRESQL)) == [0]
-    optuna.delete_study(study_name="a", storage=open_storage(POSTGRESQL))
+def test_studies_are_kept_in_postgresql(postgresql_url: str) -> None:
+    where = database(postgresql_url, "studies")
+    optuna.create_study(storage=open_storage(where), study_name="a").ask()
+    assert numbers(open_storage(where)) == [0]
+    with pytest.raises(InputError, match=r'--storage postgresql://\.\.\.: .*database "none" does not exist'):
+        open_storage(f"{postgresql_url}/none")
