@@ -15,6 +15,8 @@ from ablate.recipe import Strict, recipe_fields
 from ablate.secrets import refuse_secret_setting, refuse_secrets
 from ablate.source import InputError, Location, Source, choices, explain, merge, set_path, shown, validate
 
+PRESETS = (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "grids" / "recipes")  # of a wheel; of sources
+
 
 class Exclusion(Strict):
     """Combinations that a grid leaves out on purpose: those with all the named values."""
@@ -201,12 +203,16 @@ def _part(path: Path, file: GridFile, source: Source, place: Location, settings:
 
 
 def _recipe_path(name: str, grid: Path, source: Source, location: Location) -> Path:
-    folder = grid.parent / "recipes"
-    names = sorted(p.stem for p in folder.glob("*.yaml"))
-    found = grid.parent / name if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not found.is_file():
-        if found.parent != folder:
+    """The file of a recipe: one beside the grid goes before one of `ablate`'s own."""
+    if name.endswith((".yaml", ".yml")):
+        if not (found := grid.parent / name).is_file():
             raise source.error(location, f"no such file: {found}")
-        known = choices(name, names) if names else ", where recipes are looked up; a path to a .yaml file will do too"
-        raise source.error(location, f"no recipe {name!r} in {folder}{known}")
-    return found
+        return found
+    own = {path.stem: path for folder in PRESETS for path in sorted(folder.glob("*.yaml"))}
+    beside = {path.stem: path for path in sorted((grid.parent / "recipes").glob("*.yaml"))}
+    known = {**own, **beside}
+    if name not in known:
+        raise source.error(
+            location, f"no recipe {name!r} in {grid.parent / 'recipes'}, or built in{choices(name, sorted(known))}"
+        )
+    return known[name]

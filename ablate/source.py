@@ -173,7 +173,7 @@ def read_text(path: Path) -> str:
     try:
         return text_of(path.read_bytes(), path)
     except FileNotFoundError:
-        siblings = sorted(p.name for p in path.parent.glob(f"*{path.suffix or '.yaml'}"))
+        siblings = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.suffix else []
         raise InputError(f"{_named(path)}: no such file{choices(path.name, siblings) if siblings else ''}") from None
     except IsADirectoryError:
         files = ", ".join(sorted(str(p) for p in path.glob("*.yaml")))

@@ -46,6 +46,8 @@ def _best(study: Study) -> list[str]:
         text += (
             " Every other is below it: all paired differences have an interval below 0."
             if not tied
+            else " The other one cannot be told from it: the paired interval holds 0."
+            if len(others) == 1
             else f" {tied} of the other {len(others)} cannot be told from it: their paired intervals hold 0."
         )
     return [text]

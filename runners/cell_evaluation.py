@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
+from rich.console import Console
 
 from ablate.flow import diffusers_sigmas
 from ablate.plan import Cell
 from ablate.recipe import RewardSpec, RewardTerm, reward_terms
 from ablate.record import read_cell, read_record, write_atomic
-from ablate.source import FieldError, InputError, choices
+from ablate.source import FieldError, InputError, choices, counted
 from runners.checkpoint import read_newest
 from runners.distributed import this_device
 from runners.evaluation import NUM_PICTURED, contact_sheet, generate, means
@@ -25,9 +26,11 @@ from runners.prompts import load_prompts
 from runners.rewards import RewardOutput, RewardUnavailable, WeightedSum, load_reward
 from runners.rewards.protocol import Images
 from runners.scoring import Scorer
+from runners.steps import steps
 
 PROTOCOL = {"split", "num_prompts", "num_steps", "guidance_scale", "seed"}  # of an evaluation: what images depend on
 Row = dict[str, object]
+SILENT = Console(quiet=True)
 
 
 def evaluate_cells(
@@ -36,33 +39,46 @@ def evaluate_cells(
     guidance_scales: Sequence[float | None],
     ids: Sequence[str] = (),
     checkpoints: Sequence[Path] = (),
+    console: Console = SILENT,
 ) -> Iterator[Row]:
     """One row per model, guidance scale and reward (by default the cell's own): a base, then the cells on it.
 
     Cells are the finished ones with exported weights, or those of `ids` and of `checkpoints` (cells' folders, or files
     in their checkpoint/) alone. A base is scored once for all cells that share model, prompts and protocol. Writes
     evaluations/<model>-guidance-<scale>.json, a picture of each, and a folder with all of its images into the results.
-    A guidance scale of None is the recipe's. Raises InputError for unknown rewards and those that cannot score here,
-    unknown cells, and cells without weights or an intact checkpoint.
+    A guidance scale of None is the recipe's. How far the work is shows in `console`. Raises InputError for unknown
+    rewards and those that cannot score here, unknown cells, and cells without weights or an intact checkpoint.
     """
     trained = [_checkpointed(path) for path in checkpoints]
     if ids or not checkpoints:
         trained = [*_exported(results, ids), *trained]
+        if (others := len(list(results.glob("*/cell.json"))) - len(trained)) and not ids:
+            console.print(
+                f"Left out: {counted(others, 'cell')} without exported weights; --checkpoint scores such a one."
+            )
     for name in rewards:
         _check(name)
     for one in trained if not rewards else ():
         _check_own(one)
-    scoring = _Scoring(target=results / "evaluations", asked=rewards)
+    patience = max(one.cell.recipe.scoring.timeout for one in trained)
+    scoring = _Scoring(target=results / "evaluations", asked=rewards, timeout=patience)
     for spec in scoring.wanted([one.cell for one in trained]):
         scoring.load(spec)
     scoring.target.mkdir(parents=True, exist_ok=True)
-    for cells in _grouped(trained, lambda t: t.cell.recipe.model.model_dump_json()):
-        policy = SD3Policy(cells[0].cell.recipe.model, this_device())
-        for scale in guidance_scales:
-            for alike in _grouped([t.under(scale) for t in cells], lambda t: _base(t.cell)):
-                yield from scoring.base(policy, [t.cell for t in alike])
+    models = [
+        [_grouped([t.under(scale) for t in cells], lambda t: _base(t.cell)) for scale in guidance_scales]
+        for cells in _grouped(trained, lambda t: t.cell.recipe.model.model_dump_json())
+    ]
+    bases = [alike for scales in models for groups in scales for alike in groups]
+    with steps(console, sum(1 + len(alike) for alike in bases)) as work:
+        for scales in models:
+            policy = SD3Policy(scales[0][0][0].cell.recipe.model, this_device())
+            for alike in (alike for groups in scales for alike in groups):
+                with work.step(f"base model, guidance {alike[0].guidance:g}"):
+                    yield from scoring.base(policy, [t.cell for t in alike])
                 for one in alike:
-                    yield from scoring.rows(one.load(policy), one.cell, policy, scoring.wanted([one.cell]))
+                    with work.step(f"{one.cell.id}, guidance {one.guidance:g}"):
+                        yield from scoring.rows(one.load(policy), one.cell, policy, scoring.wanted([one.cell]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +88,10 @@ class _Trained:
     cell: Cell
     folder: Path
     checkpoint: Path | None = None
+
+    @property
+    def guidance(self) -> float:
+        return self.cell.recipe.evaluation.guidance_scale
 
     def under(self, guidance_scale: float | None) -> _Trained:
         """The same with this guidance; None is the recipe's own."""
@@ -175,6 +195,7 @@ class _Scoring:
 
     target: Path
     asked: Sequence[str]  # rewards; none: each cell's own
+    timeout: float  # seconds that the self-check of a reward may take
     loaded: dict[str, WeightedSum] = field(default_factory=dict)  # by what they are called
 
     def wanted(self, cells: Sequence[Cell]) -> list[RewardSpec]:
@@ -194,7 +215,7 @@ class _Scoring:
             reward = load_reward(spec)
             try:
                 reward.load(str(this_device()))
-                reward.self_check()
+                Scorer(reward, self.timeout, device=str(this_device())).check(reward.self_check)
             except RewardUnavailable as error:
                 raise InputError(str(error)) from None
             self.loaded[called] = reward

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ablate.agreement import Agreement, Angle, is_bound
 from ablate.flow import NOISE_SCHEDULES
@@ -41,6 +40,7 @@ from runners.probe_tasks import (
     tasks_of,
 )
 from runners.run import Run, set_up
+from runners.steps import steps
 
 PICTURED = 64  # samples of a world
 
@@ -53,16 +53,11 @@ def probe(cells: Sequence[Cell], results: Path, settings: Settings, folders: Seq
     with lock(target):
         prober = _Prober(target, settings)
         tasks = [task for task in tasks_of(cells, weights, settings) if not prober.has(task)]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-            bar = progress.add_task("probe", total=round(sum(task.size for task in tasks)))
-            done = 0.0
+        with steps(console, sum(task.size for task in tasks)) as work:
             for task in tasks:
                 what = task.world[0].name if task.world else f"{task.cell.estimator} {task.cell.sampler}"
-                progress.update(bar, description=f"{task.kind}: {what}")
-                prober.measure(task, lambda calls: progress.advance(bar, calls))
-                done += task.size
-                progress.update(bar, completed=round(done))
+                with work.step(f"{task.kind}: {what}", task.size):
+                    prober.measure(task, work.advance)
     return target
 
 

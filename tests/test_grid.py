@@ -126,7 +126,7 @@ IN_THE_GRID = {
     "true as a seed": ("[0, 1]", "[true, 2]", 8, ["seeds.0", "got true", "whole number"]),
     "no seeds": ("[0, 1]", "[]", 8, ["no seeds", "at least one"]),
     "one seed without brackets": ("[0, 1]", "3", 8, ["seeds", "got 3", "expected a list"]),
-    "missing recipe": ("little", "litle", 3, ["no recipe 'litle'", "did you mean 'little'?", "Allowed: little"]),
+    "missing recipe": ("little", "litle", 3, ["no recipe 'litle'", "did you mean 'little'?", "Allowed: awm, "]),
     "missing recipe file": ("little", "other/little.yaml", 3, ["no such file: other/little.yaml"]),
     "recipe that is a number": ("little", "5", 3, ["recipe: got 5", "expected text"]),
     "name with a slash": ("name: g", "name: a/b", 2, ["got 'a/b'", "Allowed: letters, digits"]),
@@ -165,6 +165,7 @@ IN_THE_RECIPE = {
     "no reward": ("reward: scenes", "reward: {}", 2, ["reward: got {}", "expected a name"]),
     "misspelt field": ("num_groups", "num_group", 4, ["rollout.num_group", "did you mean 'num_groups'?", "group_size"]),
     "impossible value": ("1.0e-4", "-1.0e-4", 7, ["update.learning_rate", "got -0.0001", "more than 0"]),
+    "devices that cannot share": ("24", "24\ndevices: 5", 4, ["which 5 devices cannot share", "take 4 or 8 devices"]),
     "does not divide": ("24", "25", 4, ["rollout.num_groups", "25", "a multiple of update.updates_per_epoch = 3"]),
     "unknown reward": ("scenes", "geneval", 2, ["reward", "'geneval'", "Allowed: scenes"]),
     "not YAML": ("{device_hours: 0.1}", "{device_hours", 9, ["not valid YAML"]),
@@ -180,6 +181,13 @@ def test_a_mistake_in_a_recipe_is_named_with_its_file_and_line(grid: Path, case:
     assert message.startswith(f"recipes/little.yaml:{line}: ")
     for part in parts:
         assert part in message
+
+
+def test_a_recipe_that_comes_with_ablate_is_found_from_anywhere_after_those_beside_the_grid(grid: Path) -> None:
+    changed(grid, "recipe: little", "recipe: tiny-scenes")
+    assert load_grid(grid).parts[0].recipe_with({}).update.learning_rate == 5e-4
+    (grid.parent / "recipes" / "tiny-scenes.yaml").write_text(RECIPE)
+    assert load_grid(grid).parts[0].recipe_with({}).update.learning_rate == 1e-4
 
 
 def test_a_recipe_needs_a_budget(grid: Path) -> None:

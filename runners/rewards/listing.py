@@ -21,14 +21,17 @@ from runners.rewards import REWARDS, RewardOutput, RewardUnavailable, load_rewar
 def listing() -> Table:
     """All built-in rewards with what they need, in which units they score, and where they come from."""
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for name in ("reward", "scores", "units", "weights", "licence", "memory", "source"):
-        table.add_column(name, overflow="fold", justify="right" if name == "memory" else "left")
+    table.add_column("reward", no_wrap=True)
+    table.add_column("scores, units; weights, licence, memory; source", overflow="fold")
     for name in REWARDS:
         kind = reward_class(name)
-        about, what = kind.about, kind.__doc__.split("\n\n")[0].split("; ")[0]
+        about, what = kind.about, " ".join(kind.__doc__.split("\n\n")[0].split("; ")[0].split()).rstrip(".")
         memory = f"{about.gibibytes:g} GiB" if about.gibibytes else ""
-        row = (name, " ".join(what.split()), about.units, about.weights, about.licence, memory, about.source)
-        table.add_row(*row)
+        needs = ", ".join(filter(None, (about.weights, about.licence, memory)))
+        table.add_row(Text(name, style="bold"), Text(f"{what}. Units: {about.units}."))
+        if about.weights != "none":
+            table.add_row("", Text(f"Weights: {needs}"))
+        table.add_row("", Text(about.source, style="dim"))
     return table
 
 
