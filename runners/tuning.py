@@ -185,7 +185,7 @@ class Tuning:
     def _ended(self, running: _Running) -> bool:
         """Look at a cell: report what it has evaluated, end it if hopeless, and close its trial when it has ended."""
         if running.job is None:
-            return self._begin(running)
+            return self._hand_over(running)
         ended = running.job.poll()
         self._report(running)
         if ended is None:
@@ -194,7 +194,7 @@ class Tuning:
         running.job = None
         return record is not None and self._close(running, record)  # without one, another process has the cell
 
-    def _begin(self, running: _Running) -> bool:
+    def _hand_over(self, running: _Running) -> bool:
         """Hand a cell over, unless another process has it, or had it and has finished it: then close its trial."""
         self._report(running)
         if is_locked(running.folder) or time.monotonic() < running.due:
