@@ -19,6 +19,7 @@ test: $(VENV)/installed
 
 # pip and not uv, and torch first, with its pin: a CPU build that the index or a wheel folder offers is then taken.
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): some minutes, and 2 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --constraint constraints.txt torch
 	$(RUN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
