@@ -175,22 +175,28 @@ def run(
     _plugins: Plugins = False,
 ) -> None:
     """Train every cell that is not finished; the same command continues after an interruption."""
+    from functools import partial
+
     from ablate.halving import check_choice
+    from ablate.limits import Limits, limit
     from ablate.stop_rule import StopRule
     from runners.cell_state import state_of
     from runners.halving import run_within_limits
     from runners.launchers import make_launcher
     from runners.preflight import preflight
+    from runners.stop_files import launcher_requests
     from runners.sweep import freeze, in_order, most_devices, run_cells
     from runners.tracking import Mirror
 
     loaded, whole, planned = _planned(grid, settings, only, seeds)
     console = _console()
     folder = results / planned.grid
+    asked = launcher_requests(folder)  # from here on, and not from when the first cell starts
     if dry_run:
         for cell in in_order(planned.cells):
             typer.echo(f"{state_of(folder, cell).status:12} {cell.id}")
         return
+    _check_ends(budget, halving, only_freeze=only_freeze)
     rule = str(StopRule.parse(stop_when)) if stop_when is not None else None
     check_choice(folder, halving, planned.cells)
     place = (
@@ -208,8 +214,8 @@ def run(
     _check_models(planned.cells)
     freeze(folder, whole, loaded.source.text)
     if place is None:
-        for cell in in_order(planned.cells):
-            typer.echo(folder / cell.id)
+        limit(folder, planned.cells, Limits(stop_when=rule))
+        typer.echo("\n".join(str(folder / cell.id) for cell in in_order(planned.cells)))
         return
     _print_findings(console, preflight(planned.cells, folder, workers=workers or 1))
     at_once = f"{workers or 1} at a time" if workers or launcher == "local" else f"by {launcher}"
@@ -220,8 +226,9 @@ def run(
     if mirror:
         mirror.start()
 
-    def train(cells: Sequence[Cell]) -> None:
-        run_cells(folder, cells, console=console, launcher=place, attempts=attempts, device_hours=budget)
+    train = partial(
+        run_cells, folder, console=console, launcher=place, attempts=attempts, device_hours=budget, asked=asked
+    )
 
     try:
         run_within_limits(folder, planned.cells, train, console, halvings=halving, stop_when=rule)
@@ -230,6 +237,7 @@ def run(
         console.print(f"Stopped. Nothing is lost; continue with: ablate run {again}", soft_wrap=True)
         raise SystemExit(130) from None
     finally:
+        place.close()
         if mirror:
             mirror.close()
     console.print(f"Figures and tables: ablate report {folder}")
@@ -737,6 +745,14 @@ def _console() -> Console:
 
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=WIDE if wide else None)
+
+
+def _check_ends(budget: float | None, halving: int | None, *, only_freeze: bool) -> None:
+    """Raises InputError for an end of a run that it could not come to."""
+    if budget is not None and not 0 < budget < float("inf"):
+        raise InputError(f"--budget-device-hours {budget:g}: expected a finite number above 0")
+    if only_freeze and (budget is not None or halving is not None):
+        raise InputError("--freeze starts nothing, so that --halving and --budget-device-hours mean nothing with it")
 
 
 def _launcher_settings(given: Sequence[str] | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from pydantic import Field
 from ablate.plan import FORMAT, Cell
 from ablate.recipe import BudgetRecipe, Strict
 from ablate.record import read_record, read_validated, write_atomic
+from ablate.source import InputError
 
 FILE = "limits.json"
 
@@ -44,11 +46,12 @@ def write_limits(folder: Path, limits: Limits) -> None:
 
 
 def limit(results: Path, cells: Sequence[Cell], limits: Limits) -> None:
-    """Limit the next start of all cells that have not ended for good."""
+    """Limit the next start of all cells that have not ended for good, and whose record can be read."""
     for cell in cells:
-        record = read_record(results / cell.id)
-        if record is None or not record.status.final:
-            write_limits(results / cell.id, limits)
+        with suppress(InputError):
+            record = read_record(results / cell.id)
+            if record is None or not record.status.final:
+                write_limits(results / cell.id, limits)
 
 
 def reached(budget: BudgetRecipe, share: float, epoch: int, device_hours: float) -> bool:

@@ -84,7 +84,8 @@ def _taken_by_us(file: int, folder: Path) -> str:
     if flock is False or _alive_elsewhere(file, folder, flock=flock is True, watch=True):
         raise _taken(file, folder)
     token = uuid.uuid4().hex
-    mine = {"host": platform.node(), "pid": os.getpid(), "started": time.time(), "machine": _machine(), "token": token}
+    who = {"host": platform.node(), "pid": os.getpid(), "parent": os.getppid(), "machine": _machine()}
+    mine = {**who, "started": time.time(), "token": token}
     try:
         _write(file, mine)
     except OSError as error:
@@ -100,6 +101,11 @@ def _taken(file: int, folder: Path) -> Taken:
     return Taken(f"{folder}: another process is running this cell{_by(_owner(file))}")
 
 
+def held_by(folder: Path) -> str:
+    """Who holds a folder, in brackets; empty where that is not known."""
+    return _by(owner(folder))
+
+
 def owner(folder: Path) -> dict[str, Any]:
     """Who holds a folder, or has held it and died: host, pid, started (seconds since 1970); empty if nobody."""
     try:
@@ -110,6 +116,19 @@ def owner(folder: Path) -> dict[str, Any]:
         return _owner(file)
     finally:
         os.close(file)
+
+
+def is_orphan(folder: Path) -> bool:
+    """Whether the process that holds a folder runs on this machine and has lost the one that has started it."""
+    found = owner(folder)
+    if found.get("machine") != _machine() or not is_locked(folder):
+        return False
+    try:
+        status = Path("/proc", str(found["pid"]), "stat").read_text(encoding="utf-8")
+    except (OSError, KeyError):  # it has ended meanwhile
+        return False
+    parent = int(status.rpartition(")")[2].split()[1])
+    return parent != found.get("parent")
 
 
 def _flock(file: int, kind: int) -> bool | None:
@@ -163,7 +182,7 @@ def _alive_elsewhere(file: int, folder: Path, *, flock: bool, watch: bool = Fals
 
 def _server_time(folder: Path) -> float:
     """Seconds since 1970 by the clock of whoever keeps the folder; by ours where nothing can be written."""
-    path = folder / f".clock.{platform.node()}.{os.getpid()}"
+    path = folder / f".clock.{uuid.uuid4().hex}"
     try:
         path.touch()
         seconds = path.stat().st_mtime

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import uuid
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -185,15 +186,25 @@ class PlanFile(Strict):
         return cells
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_atomic(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a file so that it is there whole or not at all; `durable`: after a power cut too, once this returns."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # pids are equal in containers of two machines
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:  # a full disk
         temporary.unlink(missing_ok=True)
         raise
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def read_record(folder: Path) -> Record | None:
@@ -218,14 +229,13 @@ def _starts(folder: Path) -> int:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether a JSON file was cut short or overwritten; one that is not there is not."""
+    """Whether a file of a JSON object was cut short or overwritten; one that is not there is not."""
     try:
-        json.loads(path.read_bytes())
+        return not isinstance(json.loads(path.read_bytes()), dict)
     except FileNotFoundError:
         return False
     except ValueError:
         return True
-    return False
 
 
 def set_aside(path: Path) -> Path:

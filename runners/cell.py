@@ -9,6 +9,7 @@ from pathlib import Path
 from ablate.lock import Taken, lock
 from ablate.record import Record, is_damaged, read_cell, read_metrics, read_record, set_aside, write_ledger
 from ablate.secrets import redacted_output
+from ablate.source import InputError
 
 
 def run_cell(folder: Path) -> Record:
@@ -35,6 +36,14 @@ def finished(folder: Path) -> Record | None:
         return None
     record = read_record(folder)
     return record if record and record.status.final and not _is_cut_short(folder, record) else None
+
+
+def is_open(folder: Path) -> bool:
+    """Whether a cell is to be run: it is not finished, and its files can be read."""
+    try:
+        return finished(folder) is None
+    except InputError:
+        return False
 
 
 def mend(folder: Path) -> None:

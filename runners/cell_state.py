@@ -14,6 +14,7 @@ from ablate.plan import Cell
 from ablate.record import Ledger, Record, Status, last_record, read_cell, read_json
 from ablate.source import InputError
 
+DAMAGED = "damaged"
 REMEMBERED = 1 << 15  # files whose content is kept, a few hundred bytes each
 
 Stamp = tuple[int, int, int] | None  # what changes with a file: inode, time of change in ns, bytes; None for no file
@@ -24,7 +25,7 @@ class CellState:
     """A cell as its folder shows it."""
 
     cell: Cell
-    status: str  # a Status, `running` or `waiting`
+    status: str  # a Status, `running`, `waiting` or `damaged`
     failure: str | None = None  # the kind of the last failure, of an attempt before this one too
     message: str = ""  # the last line of the last error
     epoch: int = 0
@@ -45,7 +46,7 @@ class CellState:
     @property
     def failed(self) -> bool:
         """Whether the cell has ended otherwise than it should."""
-        return self.status in (Status.FAILED, Status.REWARD_UNAVAILABLE, Status.DIVERGED)
+        return self.status in (Status.FAILED, Status.REWARD_UNAVAILABLE, Status.DIVERGED, DAMAGED)
 
     def to_json(self) -> dict[str, Any]:
         """What scripts read: `ablate status --json`."""
@@ -54,7 +55,14 @@ class CellState:
 
 
 def state_of(results: Path, cell: Cell) -> CellState:
-    """Read a cell's state from its folder. Raises InputError for a damaged file."""
+    """Read a cell's state from its folder; `damaged` is that of one whose files cannot be read."""
+    try:
+        return _state_of(results, cell)
+    except InputError as error:
+        return CellState(cell=cell, status=DAMAGED, message=str(error))
+
+
+def _state_of(results: Path, cell: Cell) -> CellState:
     folder = results / cell.id
     attempts = _attempts(folder, _stamp(folder / "attempts.jsonl"))
     last = _record(folder, _stamp(folder / "record.json"))

@@ -16,9 +16,9 @@ HALF = "half written by a process that was killed"
 PATTERNS = (  # in a cell's folder, and why nothing reads what they match
     (f"{SET_ASIDE}[0-9]*", "set aside by `ablate retry`"),
     ("damaged-*", "damaged, and replaced"),
-    (".*.json.[0-9]*", HALF),
-    (".*.jsonl.[0-9]*", HALF),
-    ("..stop.[0-9]*", HALF),
+    (".*.json.*", HALF),
+    (".*.jsonl.*", HALF),
+    ("..stop.*", HALF),
     (".clock.*", HALF),
 )
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from ablate.attempts import Attempt, complete, read_attempts, write_attempts
 from ablate.lock import Taken, lock
+from ablate.metric_ends import read_ends
 from ablate.plan import Cell
-from ablate.record import Failure, Record, Status, read_record, write_atomic
+from ablate.record import Failure, Record, Status, read_record, read_spent, write_atomic
+from ablate.source import InputError
 from runners.cell import finished
 from runners.launchers.protocol import Ended
 
@@ -63,8 +65,10 @@ def _close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: b
     if written is None:
         status = Status.INTERRUPTED if stopped else Status.FAILED
         message = "" if stopped else _message(folder, ended)
-        record = Record(id=folder.name, status=status, message=message, seed=cell.seed)
-        record = record.model_copy(update={"failure": None if stopped else _kind(ended)})
+        failure = None if stopped else _kind(ended)
+        record = Record(
+            id=folder.name, status=status, failure=failure, message=message, seed=cell.seed, **_so_far(folder)
+        )
     elif written.status is Status.FAILED and ended.code < 0 and not stopped:  # written for want of the one killed
         record = written.model_copy(update={"message": ended.reason, "failure": Failure.KILLED})
     else:
@@ -74,8 +78,18 @@ def _close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: b
     attempts[-1] = complete(attempts[-1], ended=time.time(), **found)
     write_attempts(folder, attempts)
     record = record.model_copy(update={"attempts": len(attempts)})
-    write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
+    write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n", durable=True)
     return record
+
+
+def _so_far(folder: Path) -> dict[str, Any]:
+    """Epochs, cost and last evaluation of a cell that could not write them; none of them where files are damaged."""
+    try:
+        ends, cost = read_ends(folder), read_spent(folder)
+    except InputError:
+        return {}
+    metrics = {name: value for name, value in ends.evaluated.items() if name.startswith("eval/")}
+    return {"epochs": ends.last.get("epoch", 0), "cost": cost, "metrics": metrics}
 
 
 def _kind(ended: Ended) -> Failure:

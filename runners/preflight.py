@@ -20,7 +20,7 @@ from ablate.geometry import possible_devices
 from ablate.plan import Cell
 from ablate.recipe import ModelRecipe
 from ablate.source import set_path
-from runners.cell import finished
+from runners.cell import is_open
 from runners.identity import model_path
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Finding:
 
 def preflight(cells: Sequence[Cell], folder: Path, *, workers: int = 1) -> Iterator[Finding]:
     """What speaks against starting these cells in a grid's folder: memory or disk that will not do."""
-    todo = [cell for cell in cells if not finished(folder / cell.id)]
+    todo = [cell for cell in cells if is_open(folder / cell.id)]
     large = [cell for cell in todo if cell.recipe.model.path != EMBEDDED]
     found = []
     trained = _weights_file() if len(large) < len(todo) else 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from ablate.limits import Limits, reached, read_limits
 from ablate.part import COMPONENT_AXES
 from ablate.plan import Cell
 from ablate.recipe import Recipe, reward_terms
-from ablate.record import read_metrics, read_spent, write_ledger
+from ablate.record import Ledger, read_metrics, read_spent, write_ledger
 from ablate.seeding import derive_seed, generator
 from ablate.source import InputError
 from ablate.stop_rule import StopRule
@@ -38,6 +39,7 @@ from runners.rewards import RewardOutput, RewardUnavailable, WeightedSum, load_r
 from runners.rewards.protocol import joined
 from runners.scoring import Scorer, why_missing
 
+BEAT = 10.0  # seconds between notes of what a phase in progress has spent
 Result = TypeVar("Result")
 
 
@@ -102,8 +104,16 @@ class Run:
         """Add the seconds of a block to a phase of the cost ledger, and what of it was compiling to `compile`."""
         self.wait()
         start, compiled = time.perf_counter(), compile_seconds()
+
+        def so_far() -> Ledger:
+            cost = self.progress.cost
+            return cost.model_copy(
+                update={phase: getattr(cost, phase) + self.world.size * (time.perf_counter() - start)}
+            )
+
         try:
-            yield
+            with _kept(self.folder, so_far) if self.world.main else nullcontext():
+                yield
         finally:
             self.wait()
             compiling = compile_seconds() - compiled
@@ -280,6 +290,25 @@ def _check(rewards: Sequence[tuple[WeightedSum, Scorer]], device: torch.device, 
         problem = str(error)
     if problem := next(filter(None, world.everyone(problem)), ""):
         raise RewardUnavailable(problem)
+
+
+@contextmanager
+def _kept(folder: Path, so_far: Callable[[], Ledger]) -> Iterator[None]:
+    """Keep what a long phase has spent so far, for a kill in its midst."""
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(BEAT):
+            with suppress(OSError):  # of which the phase that follows will tell
+                write_ledger(folder, so_far())
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _stopped_before(folder: Path, limits: Limits) -> str:

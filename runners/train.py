@@ -17,7 +17,7 @@ from ablate.attempts import begin, book_lost, complete_last, read_attempts
 from ablate.geometry import check_devices
 from ablate.record import Failure, Record, Status, read_cell, read_metrics, read_spent, write_atomic
 from ablate.secrets import redacted
-from ablate.source import InputError
+from ablate.source import FieldError, InputError
 from ablate.stop_rule import StopRule
 from runners import checkpoint
 from runners.checkpoint import Progress
@@ -92,7 +92,7 @@ def train_cell(folder: Path) -> Record:
     if writes:
         book_lost(folder, progress.cost.lost)
         complete_last(folder, ended=time.time(), exit_code=int(not status.settled), status=status, failure=failure)
-        write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
+        write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n", durable=True)
         if status.final:
             checkpoint.discard(folder)
     return record
@@ -101,7 +101,7 @@ def train_cell(folder: Path) -> Record:
 def _kind(error: Exception) -> Failure:
     if isinstance(error, torch.OutOfMemoryError):
         return Failure.OUT_OF_MEMORY
-    return Failure.BAD_CONFIG if isinstance(error, InputError) else Failure.ERROR
+    return Failure.BAD_CONFIG if isinstance(error, InputError | FieldError) else Failure.ERROR
 
 
 def _first_to_fail(folder: Path) -> bool:

@@ -34,6 +34,9 @@ class InlineLauncher:
     def submit(self, folders: Sequence[Path]) -> list[Job]:
         return [Finished(Ended(code=self._run(folder))) for folder in folders]
 
+    def taken_by(self, orphans: Sequence[Path]) -> int:
+        return 0
+
     def close(self) -> None:
         pass
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ablate.attempts import read_attempts
 from ablate.source import InputError
 from runners.launchers.processes import CellProcesses, environments, fair_threads, processes_of, start
 from runners.launchers.protocol import Job
@@ -14,27 +15,40 @@ from runners.launchers.protocol import Job
 class LocalLauncher:
     """`places` cells at a time, of `most` processes each at most; GPUs and cores are dealt out between them.
 
-    Cells outlive a launcher that is killed: the next `ablate run` leaves them alone while they run.
+    Cells outlive a launcher that is killed: the next `ablate run` leaves them alone, and their places, while they run.
     """
 
     def __init__(self, places: int = 1, most: int = 1) -> None:
         self.places, self.most = places, most
         self.slots: dict[int, CellProcesses] = {}
+        self.foreign: set[str] = set()  # GPUs of cells that a killed launcher has left at work
 
     def submit(self, folders: Sequence[Path]) -> list[Job]:
         return [self._start(folder) for folder in folders]
+
+    def taken_by(self, orphans: Sequence[Path]) -> int:
+        self.foreign = {device for folder in orphans for device in _devices(folder)}
+        return len(orphans)
 
     def close(self) -> None:
         pass
 
     def _start(self, folder: Path) -> CellProcesses:
         self.slots = {slot: cell for slot, cell in self.slots.items() if cell.poll() is None}
-        slot = min(set(range(self.places)) - self.slots.keys())
+        free = set(range(self.places)) - self.slots.keys()
+        idle = {slot for slot in free if not self.foreign & set(devices_of(slot, self.places, self.most))}
+        slot = min(idle or free)
         processes = processes_of(folder)
         devices = devices_of(slot, self.places, self.most)[:processes]
         own = environments(processes, devices, fair_threads(self.places * processes))
         cell = self.slots[slot] = start(folder, own)
         return cell
+
+
+def _devices(folder: Path) -> tuple[str, ...]:
+    """The devices of a cell's newest attempt."""
+    attempts = read_attempts(folder)
+    return attempts[-1].devices if attempts else ()
 
 
 def devices_of(slot: int, places: int, each: int = 1) -> list[str]:

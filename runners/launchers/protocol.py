@@ -54,5 +54,8 @@ class Launcher(Protocol):
     def submit(self, folders: Sequence[Path]) -> list[Job]:
         """Hand over cells, at most as many as there are free places; a job for each."""
 
+    def taken_by(self, orphans: Sequence[Path]) -> int:
+        """Places that are taken by cells which a killed launcher has left at work on this machine."""
+
     def close(self) -> None:
         """Let go of what the launcher holds; no job is left."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ablate.attempts import read_attempts
+from ablate.plugins import VARIABLE
 from ablate.source import InputError
 from runners.closing import note_lost_node
 from runners.launchers import check_settings
@@ -22,6 +23,7 @@ from runners.launchers.processes import environments, processes_of, start
 from runners.launchers.protocol import Ended, Job
 
 SETTINGS = {"address": str, "gpus": int, "cpus": int}
+PASSED_ON = (VARIABLE, "PYTHONSAFEPATH", "PYTHONPATH", "ABLATE_CACHE")
 
 
 class RayLauncher:
@@ -34,7 +36,7 @@ class RayLauncher:
         check_settings(settings, SETTINGS)
         self.ray = _ray()
         self.places, self.settings = workers or sys.maxsize, settings
-        address = settings.get("address") or os.environ.get("RAY_ADDRESS") or "local"
+        self.address = address = settings.get("address") or os.environ.get("RAY_ADDRESS") or "local"
         alone: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
             _knock(address)
@@ -49,7 +51,12 @@ class RayLauncher:
         self.task = self.ray.remote(max_retries=attempts - 1, max_calls=1)(run_task)
 
     def submit(self, folders: Sequence[Path]) -> list[Job]:
+        if not self.ray.is_initialized():  # it would start a cluster of its own
+            raise InputError(f"--launcher ray: the connection to {self.address} is closed")
         return [self._submit(folder.resolve()) for folder in folders]
+
+    def taken_by(self, orphans: Sequence[Path]) -> int:
+        return 0
 
     def close(self) -> None:
         self.ray.shutdown()
@@ -58,7 +65,8 @@ class RayLauncher:
         processes = processes_of(folder)
         gpus, cpus = self._needs(processes)
         task = self.task.options(name=folder.name, num_gpus=gpus, num_cpus=cpus)
-        return RayJob(self.ray, task.remote(str(folder), os.getcwd(), processes, cpus), folder)
+        given = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        return RayJob(self.ray, task.remote(str(folder), os.getcwd(), processes, cpus, given), folder)
 
     def _needs(self, processes: int) -> tuple[int, int]:
         """GPUs and cores of a cell."""
@@ -88,17 +96,19 @@ class RayJob:
         self.ray.cancel(self.reference, force=force)
 
 
-def run_task(folder: str, where: str, processes: int, cpus: int) -> tuple[int, int, int]:
+def run_task(folder: str, where: str, processes: int, cpus: int, given: Mapping[str, str]) -> tuple[int, int, int]:
     """On a node: the processes of a cell, until they have ended; exit code, rank at fault, number of processes.
 
-    Ray's request to cancel comes as a KeyboardInterrupt, and is passed on. They are killed if the worker is.
+    `given`: variables of the launcher's environment that theirs has to have. Ray's request to cancel comes as a
+    KeyboardInterrupt, and is passed on. They are killed if the worker is.
     """
     if Path(where).is_dir():
         os.chdir(where)  # for components of the user's own
     left_open = [attempt.host for attempt in read_attempts(Path(folder)) if attempt.status is None]
     if left_open and left_open[-1] not in {n["NodeManagerHostname"] for n in _ray().nodes() if n["Alive"]}:
         note_lost_node(Path(folder))
-    cell = start(Path(folder), environments(processes, threads=max(1, cpus // processes)), tied=True)
+    own = environments(processes, threads=max(1, cpus // processes))
+    cell = start(Path(folder), [{**given, **variables} for variables in own], tied=True)
     while True:
         try:
             while (ended := cell.poll()) is None:

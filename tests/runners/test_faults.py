@@ -80,6 +80,9 @@ class ForkLauncher:
     def submit(self, folders: Sequence[Path]) -> list[Job]:
         return [ForkJob(start(FORK, run_cell, folder, self.clock)) for folder in folders]
 
+    def taken_by(self, orphans: Sequence[Path]) -> int:
+        return len(orphans)
+
     def close(self) -> None:
         pass
 

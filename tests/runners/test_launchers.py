@@ -47,6 +47,9 @@ class Scripted:
     def submit(self, folders: Sequence[Path]) -> list[Job]:
         return [self._submit(folder) for folder in folders]
 
+    def taken_by(self, orphans: Sequence[Path]) -> int:
+        return 0
+
     def close(self) -> None:
         pass
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -26,7 +27,7 @@ from ablate.lock import is_locked, lock
 from ablate.plan import Cell, make_plan
 from ablate.record import Ledger, Record, Status, read_metrics, read_record, write_atomic, write_ledger
 from ablate.source import InputError
-from runners import stopping
+from runners import stopping, sweep
 from runners.cell_state import state_of
 from runners.identity import identify
 from runners.launchers import local
@@ -298,12 +299,88 @@ def test_looking_at_a_folder_does_not_keep_its_process_from_starting(folder: Pat
         observer.join()
 
 
-def test_a_cell_that_another_run_holds_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script(folder / "fake", "exit 3", monkeypatch)
-    with lock(folder / FIRST.id):
-        states = run_cells(folder, [FIRST, SECOND], workers=1, console=console())
-    assert [state.status for state in states] == ["running", "failed"]
-    assert not (folder / FIRST.id / "record.json").exists()
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_cell_that_another_run_holds_is_left_to_it_and_taken_over_if_that_is_killed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    script(folder / "fake", 'touch "$4/started"; exit 3', monkeypatch)
+    monkeypatch.setattr(sweep, "LOOK", 1)
+    held, own = threading.Event(), folder / FIRST.id
+
+    def run_elsewhere() -> None:
+        with lock(own):
+            held.set()
+            assert wait_until(lambda: state_of(folder, SECOND).status == "failed")
+            assert not (own / "started").exists()
+            if ends:
+                done = Record(id=FIRST.id, status=Status.DONE, seed=0, attempts=1)
+                write_atomic(own / "record.json", done.model_dump_json())
+
+    other = threading.Thread(target=run_elsewhere)
+    other.start()
+    held.wait()
+    states = run_cells(folder, [FIRST, SECOND], workers=1, console=console())
+    other.join()
+    assert [state.status for state in states] == ["done" if ends else "failed", "failed"]
+    assert (own / "started").exists() == (not ends)
+
+
+ORPHAN = """\
+import subprocess, sys, time
+from pathlib import Path
+from ablate.attempts import Attempt, begin
+from ablate.lock import lock
+folder = Path(sys.argv[1])
+if len(sys.argv) == 2:  # starts another one, and ends
+    code = Path("/proc/self/cmdline").read_text().split("\\0")[2]
+    subprocess.Popen([sys.executable, "-c", code, str(folder), "hold"])
+    while not (folder / "held").exists():
+        time.sleep(0.01)
+else:
+    with lock(folder):
+        begin(folder, Attempt(devices=("0",)))
+        (folder / "held").touch()
+        while not (folder / "end").exists():
+            time.sleep(0.01)
+        (folder / "record.json").write_text('{"format": 1, "id": "%s", "status": "done", "seed": 0}' % folder.name)
+"""
+
+
+@pytest.fixture
+def orphan(folder: Path) -> Iterator[Path]:
+    """A cell at work on GPU 0 whose launcher has ended: its folder."""
+    own = folder / FIRST.id
+    subprocess.run([sys.executable, "-c", ORPHAN, str(own)], check=True, timeout=60)
+    yield own
+    (own / "end").touch()
+    assert wait_until(lambda: not is_locked(own))
+
+
+def test_cells_of_a_killed_launcher_keep_their_places(
+    folder: Path, orphan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(folder / "fake", 'if [ -e "$4/../end" ]; then touch "$4/late"; fi; exit 3', monkeypatch)
+    monkeypatch.setattr(sweep, "LOOK", 1)
+
+    def end() -> None:
+        time.sleep(1.5)
+        (folder / "end").touch()
+        (orphan / "end").touch()
+
+    threading.Thread(target=end).start()
+    states = run_cells(folder, [SECOND, FIRST], workers=1, console=console())
+    assert [state.status for state in states] == ["failed", "done"]
+    assert (folder / SECOND.id / "late").exists()
+
+
+def test_cells_of_a_killed_launcher_keep_their_gpus(
+    folder: Path, orphan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(folder / "fake", f'echo $CUDA_VISIBLE_DEVICES > "$4/gpu"; touch "{orphan}/end"', monkeypatch)
+    monkeypatch.setattr(local, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(sweep, "LOOK", 1)
+    run_cells(folder, [SECOND, FIRST], workers=2, console=console())
+    assert (folder / SECOND.id / "gpu").read_text() == "1\n"
 
 
 @pytest.mark.parametrize(
@@ -332,6 +409,43 @@ def test_a_failed_cell_is_tried_again_and_a_diverged_one_is_not(folder: Path, mo
         assert [state.status for state in states] == ["failed", "diverged"]
         assert len((folder / FIRST.id / "tries").read_text().splitlines()) == tries
     assert not (folder / SECOND.id / "tries").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metrics.jsonl", b'{"epoch": 1}\n{"epoch": x}\n', "metrics.jsonl:2: cannot be read as JSON"),
+        ("record.json", b'{"format": 1}', "record.json:1: cannot be read: id: Field required"),
+        ("record.json", b'{"format": 7}', "record.json:1: results of format 7"),
+    ],
+)
+def test_a_finished_cell_with_a_damaged_file_is_left_alone_and_keeps_no_other_from_running(
+    folder: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, said: str
+) -> None:
+    folder = folder.rename(folder.with_name(PLAN.grid))
+    done = Record(id=FIRST.id, status=Status.DONE, seed=0, epochs=3)
+    write_atomic(folder / FIRST.id / "record.json", done.model_dump_json())
+    (folder / FIRST.id / name).write_bytes(content)
+    script(folder / "fake", 'touch "$4/started"; exit 3', monkeypatch)
+    code, out, _ = ablate("run", *OPTIONS, "--results", folder.parent, "--no-tracking")
+    out = out.replace("\n", "")
+    assert code == 1
+    assert [path.parent.name for path in folder.glob("*/started")] == [SECOND.id]
+    assert said in out
+    assert f"{FIRST.id} damaged: " in out
+    assert (folder / FIRST.id / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize("name", ["plan.json", "cell.json"])
+def test_what_the_plan_says_is_written_anew_where_it_is_damaged(folder: Path, name: str, content: bytes) -> None:
+    path = folder / name if name == "plan.json" else folder / FIRST.id / name
+    written = path.read_bytes()
+    done = Record(id=FIRST.id, status=Status.DONE, seed=0)
+    write_atomic(folder / FIRST.id / "record.json", done.model_dump_json())
+    path.write_bytes(content)
+    freeze(folder, PLAN.keep(lambda cell: cell in (FIRST, SECOND)), "name: quickstart\n")
+    assert path.read_bytes() == written
 
 
 def test_a_damaged_cell_fails_alone(folder: Path) -> None:
