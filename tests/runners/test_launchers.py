@@ -14,11 +14,12 @@ from rich.console import Console
 from ablate.attempts import Attempt, begin, complete_last, read_attempts
 from ablate.grid import load_grid
 from ablate.plan import make_plan
-from ablate.record import Failure, Record, Status, read_record, write_atomic
+from ablate.record import Failure, Ledger, Record, Status, read_record, write_atomic, write_ledger
 from ablate.source import InputError
 from runners import cell as cell_module
 from runners import retries, train
 from runners.cell import run_cell
+from runners.cell_state import state_of
 from runners.closing import Before, close
 from runners.identity import identify
 from runners.launchers import inline, make_launcher
@@ -118,6 +119,21 @@ def test_a_cell_that_another_launcher_has_finished_stays_done(folder: Path) -> N
         assert record is not None
         assert record.status is Status.DONE
     assert path.read_bytes() == written
+
+
+def test_the_record_of_a_killed_cell_says_what_it_had_come_to_and_what_it_has_cost(folder: Path) -> None:
+    own = folder / FIRST.id
+    before = Before.of(own)
+    begin(own, Attempt(started=1.0))
+    line = {"epoch": 3, "eval/score": 0.25, "eval/accuracy": 0.5, "rollout/score": 0.1}
+    (own / "metrics.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({"epoch": 4}) + "\n")
+    write_ledger(own, Ledger(rollout=30, lost=12))
+    record = close(own, FIRST, Ended(code=-9), before)
+    assert record is not None
+    assert (record.epochs, record.cost, record.metrics) == (
+        4, Ledger(rollout=30, lost=12), {"eval/score": 0.25, "eval/accuracy": 0.5}
+    )  # fmt: skip
+    assert state_of(folder, FIRST).lost_device_hours == pytest.approx(12 / 3600)
 
 
 def test_a_cell_is_looked_at_again_once_it_is_locked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

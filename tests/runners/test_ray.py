@@ -31,6 +31,7 @@ GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
 NUM_EPOCHS = 12
 SETTINGS = {
     **BRIEF,
+    "reward": "own_rewards:brightness",  # of a folder that the launcher trusts, and says so to the cells
     "budget.epochs": NUM_EPOCHS,
     "evaluation.num_prompts": 2,
     "evaluation.every": NUM_EPOCHS,
@@ -45,9 +46,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     from ray.cluster_utils import Cluster  # noqa: PLC0415
 
+    trusted = os.environ["ABLATE_PLUGINS"]
+    monkeypatch.delenv("ABLATE_PLUGINS")  # nodes know nothing of it
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         cluster.nodes_of_cells = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
+        monkeypatch.setenv("ABLATE_PLUGINS", trusted)
         yield cluster
     finally:
         cluster.shutdown()
@@ -84,6 +88,10 @@ def test_a_grid_outlives_its_workers_and_a_node(cluster: Any, tmp_path: Path) ->
     striker.start()
     states = run_cells(results, cells, console=Console(quiet=True), launcher=launcher, attempts=4)
     striker.join()
+    assert launcher.ray.is_initialized()  # for the cells of another rung
+    launcher.close()
+    with pytest.raises(InputError, match=r"the connection to .* is closed"):
+        launcher.submit([first])
     assert [state.status for state in states] == ["done", "done"]
     assert read_attempts(first)[0].failure is Failure.NODE_LOST
     for folder, number in ((first, 2), (second, 1)):

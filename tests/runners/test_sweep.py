@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -23,11 +24,13 @@ from rich.console import Console
 
 from ablate import cli
 from ablate.grid import load_grid
+from ablate.limits import read_limits
 from ablate.lock import is_locked, lock
 from ablate.plan import Cell, make_plan
 from ablate.record import Ledger, Record, Status, read_metrics, read_record, write_atomic, write_ledger
 from ablate.source import InputError
-from runners import stopping, sweep
+from ablate.stop_rule import StopRule
+from runners import preflight, stopping, sweep
 from runners.cell_state import state_of
 from runners.identity import identify
 from runners.launchers import local
@@ -35,6 +38,7 @@ from runners.launchers import processes as cell_processes
 from runners.launchers.local import LocalLauncher, check_gpus
 from runners.live import live_table
 from runners.preflight import with_fields
+from runners.stop_files import ask_launchers
 from runners.sweep import freeze, in_order, run_cells
 
 GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
@@ -409,6 +413,54 @@ def test_a_failed_cell_is_tried_again_and_a_diverged_one_is_not(folder: Path, mo
         assert [state.status for state in states] == ["failed", "diverged"]
         assert len((folder / FIRST.id / "tries").read_text().splitlines()) == tries
     assert not (folder / SECOND.id / "tries").exists()
+
+
+def test_a_cell_that_takes_long_to_be_closed_holds_up_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose machine is gone, and whose lock is watched for a minute."""
+    script(folder / "fake", 'touch "$4/started"; exit 3', monkeypatch)
+    real = sweep.close
+
+    def slow(own: Path, *given: Any, **named: Any) -> Record | None:
+        assert own.name == SECOND.id or wait_until((folder / SECOND.id / "started").exists, 20)
+        return real(own, *given, **named)
+
+    monkeypatch.setattr(sweep, "close", slow)
+    states = run_cells(folder, [FIRST, SECOND], workers=1, console=console())
+    assert [state.status for state in states] == ["failed", "failed"]
+
+
+def test_a_request_to_stop_counts_from_the_first_second_of_a_run(
+    folder: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder.rename(folder.with_name(PLAN.grid))
+    script(folder / "fake", 'touch "$4/started"', monkeypatch)
+    monkeypatch.setattr(preflight, "preflight", lambda *_, **__: ask_launchers(folder) or [])
+    code, out, _ = ablate("run", *OPTIONS, "--results", folder.parent, "--no-tracking")
+    assert (code, "Stopped. Nothing is lost" in out) == (130, True)
+    assert not list(folder.glob("*/started"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--budget-device-hours", "nan"], "--budget-device-hours nan: expected a finite number above 0"),
+        (["--budget-device-hours", "0"], "--budget-device-hours 0: expected a finite number above 0"),
+        (["--freeze", "--halving", "1"], "--freeze starts nothing"),
+        (["--freeze", "--budget-device-hours", "3"], "--freeze starts nothing"),
+    ],
+)
+def test_ends_that_a_run_could_not_come_to_are_refused(
+    tmp_path: Path, ablate: Command, words: list[str], said: str
+) -> None:
+    code, _, error = ablate("run", *OPTIONS, "--results", tmp_path, *words)
+    assert (code, said in error) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_frozen_cell_has_its_stop_rule(tmp_path: Path, ablate: Command) -> None:
+    code, out, _ = ablate("run", *OPTIONS, "--results", tmp_path, "--freeze", "--stop-when", "reward >= 0.5")
+    assert code == 0
+    assert {read_limits(Path(line)).stop_when for line in out.split()} == {str(StopRule.parse("reward >= 0.5"))}
 
 
 @pytest.mark.parametrize(

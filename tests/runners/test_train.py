@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cells import folder_of
+from commands import wait_until
 
 from ablate.components import build
 from ablate.flow import diffusers_sigmas
@@ -21,9 +22,10 @@ from ablate.grid import load_grid
 from ablate.part import COMPONENT_AXES
 from ablate.passes import passes
 from ablate.plan import Cell, make_plan
-from ablate.record import Status, read_metrics
+from ablate.record import Status, read_metrics, read_spent
 from runners import checkpoint, stopping, train
 from runners import evaluation as evaluation_module
+from runners import run as run_module
 from runners.collect import Samples
 from runners.evaluation import evaluate, generate
 from runners.policy import SD3Policy
@@ -136,6 +138,18 @@ def test_nothing_that_was_spent_is_forgotten_by_a_second_kill(tmp_path: Path, mo
     assert record.status is Status.DONE
     assert saved < second.progress.cost.work
     assert record.cost.lost == pytest.approx(first.progress.cost.work + second.progress.cost.work - 2 * saved)
+
+
+def test_what_a_phase_has_spent_so_far_is_kept_for_a_kill_in_its_midst(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "BEAT", 0.05)
+    run = set_up(folder_of(BY_NAME["grpo/elbo-simple/ode"], tmp_path), BY_NAME["grpo/elbo-simple/ode"])
+    before = read_spent(tmp_path).rollout
+    with run.booked("rollout"):
+        assert wait_until(lambda: read_spent(tmp_path).rollout > before + 0.2, 20)
+        assert run.progress.cost.rollout == before
+    assert read_spent(tmp_path).rollout == pytest.approx(run.progress.cost.rollout, abs=1e-3)
 
 
 def test_a_signal_saves_after_the_epoch_and_the_next_start_goes_on(tmp_path: Path, monkeypatch) -> None:
