@@ -13,6 +13,8 @@ from ablate.limits import Limits, limit
 from ablate.plan import Cell
 from ablate.record import Record, Status, read_record, write_atomic
 from ablate.source import counted
+from runners.cell_state import state_of
+from runners.live import live_table
 
 Train = Callable[[Sequence[Cell]], object]  # trains cells until each is settled, as far as it can
 
@@ -29,6 +31,7 @@ def run_within_limits(
     """Train cells until their stop rule or their budget ends them, by successive halving if that is asked for."""
     if halvings is not None:
         run_halving(results, cells, halvings, train, console, stop_when)
+        console.print(live_table(console, [state_of(results, cell) for cell in cells]))  # of all rungs
         return
     limit(results, cells, Limits(stop_when=stop_when))
     train(cells)
