@@ -25,7 +25,7 @@ from ablate.source import InputError
 from ablate.space import parse_space
 from runners import retries
 from runners.launchers.protocol import Ended
-from runners.studies import UNPRUNED, open_storage
+from runners.studies import UNPRUNED, Studies, open_storage
 from runners.trials import Family, families, value_of
 from runners.tuned_grid import check_target, write_tuned_grid
 from runners.tuning import ATTEMPTS, Tuning
@@ -143,10 +143,10 @@ def found(tmp_path: Path) -> list[Family]:
 def tuning(
     found: Sequence[Family], folder: Path, cells: Cells, trials: int = 3, workers: int = 1, storage: str = ""
 ) -> Tuning:
+    opened = open_storage(storage or str(folder / "results" / "journal.log"))
     return Tuning(
-        results=folder / "results",
-        families=found,
-        storage=open_storage(storage or str(folder / "results" / "journal.log")),
+        studies=Studies(results=folder / "results", families=found, storage=opened),
+        grid_text=GRID,
         trials=trials,
         launcher=cells,
         console=Console(file=io.StringIO(), width=500),
@@ -159,8 +159,8 @@ def summary(done: Tuning) -> list[tuple[str, int, str, float | None, dict[str, A
     """All that is to be the same however often the tuning was killed."""
     return [
         (family.name, trial.number, trial.state.name, trial.value, trial.params)
-        for family in done.families
-        for trial in sorted(done.finished(family), key=lambda trial: trial.number)
+        for family in done.studies.families
+        for trial in sorted(done.studies.ended(family), key=lambda trial: trial.number)
     ]
 
 
@@ -176,7 +176,7 @@ def test_the_first_trial_has_the_recipes_own_values_and_later_ones_are_the_same_
 ) -> None:
     done = tuning(found, tmp_path, Cells())
     done.run()
-    grpo, reinforce = (sorted(done.finished(family), key=lambda trial: trial.number) for family in found)
+    grpo, reinforce = (sorted(done.studies.ended(family), key=lambda trial: trial.number) for family in found)
     assert grpo[0].params == {"update.learning_rate": 5e-4, "objective.clip_range": 0.016}
     rates = [[trial.params["update.learning_rate"] for trial in trials] for trials in (grpo, reinforce)]
     assert rates[0] == rates[1]
@@ -187,7 +187,7 @@ def test_a_trial_is_a_cell_of_its_values_on_other_prompts_and_another_seed(found
     done = tuning(found, tmp_path, Cells())
     done.run()
     for family in found:
-        for trial in done.finished(family):
+        for trial in done.studies.ended(family):
             cell = read_cell(tmp_path / "results" / trial.user_attrs["cell"])
             assert {field: value_of(cell, field) for field in trial.params} == trial.params
             assert (cell.recipe.evaluation.split, cell.seed) == ("development", 2)
@@ -202,7 +202,7 @@ def test_hopeless_trials_end_early_and_say_why(
     done = tuning(found, tmp_path, Cells(), trials=10)
     assert done.run()
     for family in found:
-        trials = sorted(done.finished(family), key=lambda trial: trial.number)
+        trials = sorted(done.studies.ended(family), key=lambda trial: trial.number)
         pruned = [trial for trial in trials if trial.state.name == "PRUNED"]
         assert pruned
         assert all(trial.state.name == "COMPLETE" for trial in trials[:UNPRUNED])
@@ -249,7 +249,7 @@ def test_a_diverged_trial_has_no_value_and_counts(found: list[Family], tmp_path:
     done = tuning(found, tmp_path, Cells(kind=lambda rate: "diverged" if rate == 5e-4 else "done"))
     assert done.run()
     for family in found:
-        first = min(done.finished(family), key=lambda trial: trial.number)
+        first = min(done.studies.ended(family), key=lambda trial: trial.number)
         assert (first.state.name, first.user_attrs["why"]) == ("PRUNED", "diverged: because")
 
 
@@ -260,7 +260,7 @@ def test_a_failed_trial_is_tried_again_by_the_next_starts_and_then_given_up(
     assert [tuning(found, tmp_path, cells).run() for _ in range(ATTEMPTS)] == [*[False] * (ATTEMPTS - 1), True]
     done = tuning(found, tmp_path, cells)
     for family in found:
-        first, *others = sorted(done.finished(family), key=lambda trial: trial.number)
+        first, *others = sorted(done.studies.ended(family), key=lambda trial: trial.number)
         assert (first.state.name, first.user_attrs["why"]) == ("FAIL", "failed 3 times: failed: because")
         assert {trial.state.name for trial in others} == {"COMPLETE"}
     assert sorted(Counter(cells.starts).values()) == [1, 1, 1, 1, ATTEMPTS, ATTEMPTS]
@@ -274,7 +274,7 @@ def test_a_trial_that_runs_out_of_memory_goes_on_at_once(
     cells.failure = Failure.OUT_OF_MEMORY
     done = tuning(found, tmp_path, cells)
     assert done.run()
-    assert {trial.state.name for family in found for trial in done.finished(family)} == {"COMPLETE"}
+    assert {trial.state.name for family in found for trial in done.studies.ended(family)} == {"COMPLETE"}
     assert cells.starts[0] == cells.starts[1]
     assert len(cells.starts) == 1 + 2 * 3
     assert isinstance(done.console.file, io.StringIO)
@@ -288,7 +288,7 @@ def test_values_that_are_not_possible_together_are_a_trial_without_training(tmp_
     cells = Cells()
     done = tuning(found, tmp_path, cells, trials=12)
     assert done.run()
-    failed = [trial for family in found for trial in done.finished(family) if trial.state.name == "FAIL"]
+    failed = [trial for family in found for trial in done.studies.ended(family) if trial.state.name == "FAIL"]
     assert failed
     for trial in failed:
         assert trial.params["sampler.window"] >= trial.params["rollout.num_steps"] - 1
@@ -316,7 +316,7 @@ def test_two_tuners_share_the_trials_and_do_none_twice(
     assert done.run()
     assert (len(cells.starts), len(other.starts)) == (1, 5)
     assert len(set(cells.starts + other.starts)) == 6
-    assert [len(done.finished(family)) for family in found] == [3, 3]
+    assert [len(done.studies.ended(family)) for family in found] == [3, 3]
 
 
 def test_workers_train_several_trials_at_a_time(found: list[Family], tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_a_study_changes_with_all_that_its_trials_depend_on(tmp_path: Path) -> N
 def tuned(found: list[Family], folder: Path, cells: Cells) -> tuple[Path, dict[str, list[FrozenTrial]]]:
     done = tuning(found, folder, cells)
     done.run()
-    ended = {family.study: (family, done.finished(family)) for family in found}
+    ended = {family.study: (family, done.studies.ended(family)) for family in found}
     path = write_tuned_grid(folder / "mini.yaml", ended, ["kl.coef=0"])
     return path, {family.base.objective: trials for family, trials in ended.values()}
 
