@@ -8,10 +8,21 @@ from pathlib import Path
 from optuna.exceptions import OptunaError
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ablate.source import InputError, parse_json, text_of
+from ablate.source import InputError, dotted, parse_json, shown, text_of
 
 REASON = "not a journal of Optuna, or a damaged one"
+
+
+class _Operation(BaseModel):
+    """What Optuna takes as it is, and fails at later, when it computes with it."""
+
+    model_config = ConfigDict(strict=True)
+    step: int = 0
+    intermediate_value: float | None = None
+    param_value_internal: float = 0.0
+    values: list[float] | None = None
 
 
 class Journal(JournalStorage):
@@ -41,10 +52,14 @@ class Journal(JournalStorage):
 
 
 def _check_lines(path: Path) -> None:
-    """Raises InputError for a line that is no JSON object; one that is still being written is none yet."""
+    """Raises InputError for a line that is no operation; one that is still being written is none yet."""
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            parse_json(text_of(line, path, number), str(path), first=number)
+            _Operation.model_validate(parse_json(text_of(line, path, number), str(path), first=number))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            what = f"{dotted(problem['loc'])}: got {shown(problem['input'])}"
+            raise InputError(f"{path}:{number}: {what}; {REASON}") from None
         except InputError as error:
             raise InputError(f"{error}; {REASON}") from None
 
