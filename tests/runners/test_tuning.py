@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import re
+import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from postgresql_server import database
 from rich.console import Console
@@ -20,11 +26,13 @@ from ablate import cli
 from ablate.grid import load_grid
 from ablate.lock import lock
 from ablate.plan import Plan, make_plan
-from ablate.record import Failure, Ledger, Record, Status, read_cell, read_metrics, read_record, write_atomic
+from ablate.record import Failure, Ledger, Record, Status, read_cell, read_metrics, read_plan, read_record, write_atomic
 from ablate.source import InputError
 from ablate.space import parse_space
 from runners import retries
+from runners.cell_state import planned_cells, state_of
 from runners.launchers.protocol import Ended
+from runners.stop_files import ask_launchers
 from runners.studies import UNPRUNED, Studies, open_storage
 from runners.trials import Family, families, value_of
 from runners.tuned_grid import check_target, write_tuned_grid
@@ -155,6 +163,11 @@ def tuning(
     )
 
 
+def said(done: Tuning) -> str:
+    assert isinstance(done.console.file, io.StringIO)
+    return done.console.file.getvalue()
+
+
 def summary(done: Tuning) -> list[tuple[str, int, str, float | None, dict[str, Any]]]:
     """All that is to be the same however often the tuning was killed."""
     return [
@@ -266,6 +279,17 @@ def test_a_failed_trial_is_tried_again_by_the_next_starts_and_then_given_up(
     assert sorted(Counter(cells.starts).values()) == [1, 1, 1, 1, ATTEMPTS, ATTEMPTS]
 
 
+def test_an_interrupted_trial_is_left_to_the_next_start_and_is_no_failure(found: list[Family], tmp_path: Path) -> None:
+    cells = Cells(kind=lambda rate: "interrupted" if rate == 5e-4 else "done")
+    for _ in range(ATTEMPTS):
+        done = tuning(found, tmp_path, cells)
+        assert not done.run()
+        assert said(done).count("interrupted; left to the next `ablate tune`") == 2
+    cells.kind = lambda _: "done"
+    assert tuning(found, tmp_path, cells).run()
+    assert {trial.state.name for family in found for trial in done.studies.ended(family)} == {"COMPLETE"}
+
+
 def test_a_trial_that_runs_out_of_memory_goes_on_at_once(
     found: list[Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,8 +301,7 @@ def test_a_trial_that_runs_out_of_memory_goes_on_at_once(
     assert {trial.state.name for family in found for trial in done.studies.ended(family)} == {"COMPLETE"}
     assert cells.starts[0] == cells.starts[1]
     assert len(cells.starts) == 1 + 2 * 3
-    assert isinstance(done.console.file, io.StringIO)
-    assert "failed: because; again in 0.2 s, with smaller batches" in done.console.file.getvalue()
+    assert "failed: because; again in 0.2 s, with smaller batches" in said(done)
 
 
 def test_values_that_are_not_possible_together_are_a_trial_without_training(tmp_path: Path) -> None:
@@ -352,11 +375,125 @@ def test_a_cell_that_a_killed_tuner_has_left_at_work_is_waited_for(found: list[F
     assert len(second.starts) == 5
 
 
-def test_the_plan_of_the_trials_is_there_for_reports(found: list[Family], tmp_path: Path) -> None:
-    tuning(found, tmp_path, Cells()).run()
-    plan = json.loads((tmp_path / "results" / "plan.json").read_text())
-    assert (plan["grid"], len(plan["cells"])) == ("mini-tune", 6)
-    assert all("update.learning_rate" in cell["axes"] for cell in plan["cells"])
+def test_other_commands_see_a_trial_as_soon_as_it_begins(found: list[Family], tmp_path: Path) -> None:
+    results = tmp_path / "results"
+
+    class Watched(Cells):
+        def submit(self, folders: Sequence[Path]) -> list[Training]:
+            seen = {state_of(results, cell).cell.id for cell in planned_cells(results)}
+            assert seen == {*self.starts, *(folder.name for folder in folders)}
+            assert (results / "grid.yaml").read_text() == GRID
+            return super().submit(folders)
+
+    assert tuning(found, tmp_path, Watched()).run()
+    plan = read_plan(results)
+    assert (plan.grid, len(plan.cells)) == ("mini-tune", 6)
+    assert all("update.learning_rate" in cell.axes for cell in plan.cells)
+
+
+def test_a_request_to_stop_the_tuning_stops_the_tuner(found: list[Family], tmp_path: Path) -> None:
+    class Stopped(Cells):
+        def submit(self, folders: Sequence[Path]) -> list[Training]:
+            ask_launchers(tmp_path / "results")
+            return super().submit(folders)
+
+    cells = Stopped()
+    done = tuning(found, tmp_path, cells, workers=2)
+    with pytest.raises(KeyboardInterrupt):
+        done.run()
+    assert len(cells.starts) == 2
+    assert "Stopping: each running trial finishes its epoch and saves." in said(done)
+    assert tuning(found, tmp_path, Cells()).run()
+
+
+def test_results_that_are_mirrored_meanwhile_do_not_hold_up_the_tuner(found: list[Family], tmp_path: Path) -> None:
+    done = tuning(found, tmp_path, Cells())
+    with lock(tmp_path / "results"):  # as the one writer of MLflow does
+        assert done.run()
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["cell.json", "plan.json", ".lock", "journal.log", "record.json"])
+def test_a_full_disk_is_what_is_said(
+    found: list[Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    cells = Cells()
+    done = tuning(found, tmp_path, cells)
+
+    def full(*_: object) -> None:
+        raise FULL
+
+    def write(path: Path, text: str) -> None:
+        full() if path.name == place else write_atomic(path, text)
+
+    for module in ("runners.trials", "runners.closing"):
+        monkeypatch.setattr(f"{module}.write_atomic", write)
+    if place == ".lock":
+        monkeypatch.setattr("ablate.lock._write", full)
+    if place == "journal.log":
+        monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+    if place == "record.json":  # the cell could not write its own
+        monkeypatch.setattr(Training, "_end", lambda self, _: setattr(self, "ended", Ended(code=1)))
+    with pytest.raises(InputError, match=f"results.*: .*{FULL.strerror}$") as error:
+        done.run()
+    assert len(str(error.value).splitlines()) == 1
+    monkeypatch.undo()
+    assert tuning(found, tmp_path, Cells()).run()
+
+
+def test_a_damaged_record_of_a_trial_is_set_aside_and_the_trial_goes_on(found: list[Family], tmp_path: Path) -> None:
+    first = Cells(dies_after=3)
+    with pytest.raises(Killed):
+        tuning(found, tmp_path, first).run()
+    folder = tmp_path / "results" / first.starts[0]
+    (folder / "record.json").write_text('{"id": "gr')
+    assert tuning(found, tmp_path, Cells()).run()
+    assert (folder / "damaged-record.json").exists()
+
+
+def test_without_its_journal_a_tuning_draws_the_same_trials_and_trains_none_again(
+    found: list[Family], tmp_path: Path
+) -> None:
+    done = tuning(found, tmp_path, Cells(), trials=8)
+    done.run()
+    before = summary(done)
+    (tmp_path / "results" / "journal.log").unlink()
+    again = tuning(found, tmp_path, cells := Cells(), trials=8)
+    assert again.run()
+    assert summary(again) == before
+    assert cells.starts == []
+
+
+def damaged(content: bytes, random: Random) -> bytes:
+    """A journal whose lines are cut, overwritten, or no operations."""
+    lines = content.split(b"\n")
+    place, line = random.randrange(len(content)), random.randrange(len(lines) - 1)
+    operation = {**json.loads(lines[line]), **random.choice(DAMAGE)}
+    lines[line] = random.choice([b"17", b"[1, 2]", b"", json.dumps(operation).encode()])
+    cut, flipped = content[:place], bytes([content[place] ^ 1 << random.randrange(8)])
+    return random.choice([cut, cut + b"\n", cut + flipped + content[place + 1 :], b"\n".join(lines)])
+
+
+DAMAGE = ({"op_code": 99}, {"op_code": None}, {"step": "one"}, {"intermediate_value": {}}, {"param_value_internal": []})
+
+
+def test_a_damaged_journal_is_read_or_refused_with_file_and_line(found: list[Family], tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        tuning(found, tmp_path, Cells(dies_after=12)).run()
+    content, refused = (tmp_path / "results" / "journal.log").read_bytes(), []
+    for seed in range(60):
+        folder = tmp_path / str(seed)
+        shutil.copytree(tmp_path / "results", folder / "results")
+        (folder / "results" / "journal.log").write_bytes(damaged(content, Random(seed)))
+        try:
+            tuning(found, folder, Cells()).run()
+        except InputError as error:
+            refused.append(str(error).removeprefix(f"{folder}/results/"))
+    place = re.compile(r"journal\.log:\d+: .*not a journal of Optuna, or a damaged one|.*no cell\.json")
+    assert [message for message in refused if not place.match(message)] == []
+    assert 20 < len(refused) < 60
 
 
 @pytest.mark.parametrize(
@@ -433,6 +570,20 @@ def test_the_tuned_grid_shows_its_evidence(found: list[Family], tmp_path: Path) 
             assert f" -> {trial.value:.4f}" in text
 
 
+def test_the_evidence_tells_trials_that_failed_from_values_that_are_not_possible(tmp_path: Path) -> None:
+    text = GRID.replace("[ode]", "[{name: mixed, window: 1}]").replace("reinforce", "epg")
+    found = families(planned(tmp_path, text), parse_space(["sampler.window=1..4:int", "rollout.num_steps=3..5:int"]))
+    cells = Cells(kind=lambda _: "failed" if cells.starts[-1] == cells.starts[0] else "done")
+    while not (done := tuning(found, tmp_path, cells, trials=6)).run():
+        pass
+    path = write_tuned_grid(tmp_path / "mini.yaml", {f.study: (f, done.studies.ended(f)) for f in found})
+    impossible = sum("-> not possible: " in line for line in path.read_text().splitlines())
+    assert path.read_text().count("-> failed 3 times: failed: because") == 1
+    assert path.read_text().count("1 failed)") == 1
+    counts = re.findall(r"(\d+) not possible", path.read_text())
+    assert sum(map(int, counts)) == impossible > 0
+
+
 def test_a_combination_without_a_result_keeps_the_values_of_the_recipe(found: list[Family], tmp_path: Path) -> None:
     path, _ = tuned(found, tmp_path, Cells(kind=lambda _: "diverged"))
     assert "No trial has come to its end: the values stay the recipe's." in path.read_text()
@@ -462,6 +613,28 @@ def test_a_file_that_tuning_has_not_written_is_not_overwritten(tmp_path: Path) -
     assert (tmp_path / "mini-tuned.yaml").read_text() == "mine: yes\n"
 
 
+def tune() -> Any:
+    """The exit code of the command in sys.argv."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
+
+
+def test_a_module_in_the_current_folder_is_imported_if_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "of_a_user.py").write_text("raise RuntimeError('it was run')\n")
+    monkeypatch.chdir(tmp_path / "code")
+    monkeypatch.setenv("ABLATE_PLUGINS", "")
+    grid = grid_in(tmp_path, GRID.replace("reinforce]", "'of_a_user:Mine']"))
+    words = ["ablate", "tune", str(grid), "--trials", "1", "--space", "learning_rate=1e-5..1e-3"]
+    for option, part in (([], "--allow-plugins trusts the current folder"), (["--allow-plugins"], "it was run")):
+        monkeypatch.setattr("sys.argv", [*words, *option])
+        assert tune() == 2
+        assert part in capsys.readouterr().err
+
+
 def test_a_real_tuning_ends_with_a_grid_and_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -469,11 +642,14 @@ def test_a_real_tuning_ends_with_a_grid_and_is_not_repeated(
     words = ["ablate", "tune", str(grid), "--trials", "2", "--only", "objective=reinforce", "--workers", "2"]
     words += ["--space", "learning_rate=1e-5..1e-3:log", "--results", str(tmp_path / "results")]
     monkeypatch.setattr("sys.argv", words)
-    for _ in range(2):  # the second time there is nothing left to train
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
-    assert str(grid.with_name("mini-tuned.yaml")) in capsys.readouterr().out
+    assert tune() == 0
+    tuned = grid.with_name("mini-tuned.yaml")
+    content = tuned.read_bytes()
+    assert str(tuned) in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*words, "--launcher", "ray", "--launcher-set", "address=127.0.0.1:9"])
+    assert tune() == 0  # nothing is left for a cluster, which is not there
+    assert "all have ended, and nothing is left to train" in " ".join(capsys.readouterr().out.split())
+    assert tuned.read_bytes() == content
     folders = [path.parent for path in (tmp_path / "results" / "mini-tune").glob("*/cell.json")]
     assert len(folders) == 2
     for folder in folders:
