@@ -101,8 +101,8 @@ class Tuning:
 
     def _goes_on(self) -> bool:
         """Begin as many trials as there is room for; whether any is at work."""
-        while len(self.running) < self.workers and (begun := self._next()):
-            self.running.append(begun)
+        while len(self.running) < self.workers and self._next():
+            pass
         return bool(self.running)
 
     def _table(self, height: int | None = None) -> Group:
@@ -112,13 +112,14 @@ class Tuning:
         said = Text(f"{ended} of {self.trials * len(self.studies.families)} trials have ended", style="bold")
         return Group(live_table(self.console, states, height=height), said) if states else Group(said)
 
-    def _next(self) -> _Running | None:
-        """A trial that a kill left behind, or a new one of the family with the fewest; it is in the plan."""
+    def _next(self) -> bool:
+        """Begin a trial that a kill left behind, or a new one of the family with the fewest; False if there is none."""
         with self.studies.alone():
             begun = self._left_behind() or self._new()
             if begun:
+                self.running.append(begun)
                 self._write_plan()
-            return begun
+            return begun is not None
 
     def _left_behind(self) -> _Running | None:
         begun = [(family, old) for family in self.studies.families for old in self.studies.begun(family)]
@@ -141,11 +142,14 @@ class Tuning:
         """A trial with its cell; None, and a failed trial, where its values together are not possible."""
         try:
             cell = family.cell({dimension.field: dimension.suggest(trial) for dimension in family.space})
+            folder = write_cell(self.results, cell)
+            trial.set_user_attr("cell", cell.id)
         except FieldError as error:
             self._tell(trial, claim, "FAIL", why=f"{IMPOSSIBLE}: {error}")
             return None
-        folder = write_cell(self.results, cell)
-        trial.set_user_attr("cell", cell.id)
+        except BaseException:
+            claim.close()
+            raise
         before = Before.of(folder)
         return _Running(family=family, trial=trial, cell=cell, folder=folder, claim=claim, before=before)
 

@@ -393,9 +393,13 @@ def test_other_commands_see_a_trial_as_soon_as_it_begins(found: list[Family], tm
 
 def test_a_request_to_stop_the_tuning_stops_the_tuner(found: list[Family], tmp_path: Path) -> None:
     class Stopped(Cells):
+        """Somebody asks while the first trials are at work."""
+
         def submit(self, folders: Sequence[Path]) -> list[Training]:
             ask_launchers(tmp_path / "results")
-            return super().submit(folders)
+            training = super().submit(folders)
+            training[0].poll()
+            return training
 
     cells = Stopped()
     done = tuning(found, tmp_path, cells, workers=2)
@@ -403,6 +407,9 @@ def test_a_request_to_stop_the_tuning_stops_the_tuner(found: list[Family], tmp_p
         done.run()
     assert len(cells.starts) == 2
     assert "Stopping: each running trial finishes its epoch and saves." in said(done)
+    assert {record.status for folder in cells.starts if (record := read_record(tmp_path / "results" / folder))} == {
+        Status.INTERRUPTED
+    }
     assert tuning(found, tmp_path, Cells()).run()
 
 
@@ -435,7 +442,8 @@ def test_a_full_disk_is_what_is_said(
     if place == "journal.log":
         monkeypatch.setattr(JournalFileBackend, "append_logs", full)
     if place == "record.json":  # the cell could not write its own
-        monkeypatch.setattr(Training, "_end", lambda self, _: setattr(self, "ended", Ended(code=1)))
+        cells.kind = lambda _: "failed"
+        monkeypatch.setattr("test_tuning.write_record", lambda *_: None)
     with pytest.raises(InputError, match=f"results.*: .*{FULL.strerror}$") as error:
         done.run()
     assert len(str(error.value).splitlines()) == 1
