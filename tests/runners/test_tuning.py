@@ -422,7 +422,7 @@ def test_results_that_are_mirrored_meanwhile_do_not_hold_up_the_tuner(found: lis
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", ["cell.json", "plan.json", ".lock", "journal.log", "record.json"])
+@pytest.mark.parametrize("place", ["cell.json", "plan.json", "lock 0", "lock 1", "journal.log", "record.json"])
 def test_a_full_disk_is_what_is_said(
     found: list[Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -437,8 +437,9 @@ def test_a_full_disk_is_what_is_said(
 
     for module in ("runners.trials", "runners.closing"):
         monkeypatch.setattr(f"{module}.write_atomic", write)
-    if place == ".lock":
-        monkeypatch.setattr("ablate.lock._write", full)
+    if place.startswith("lock"):  # of the studies, or of a trial
+        locks = [place == f"lock {number}" for number in (1, 0)]
+        monkeypatch.setattr("ablate.lock._write", lambda _, owner: full() if owner and locks and locks.pop() else None)
     if place == "journal.log":
         monkeypatch.setattr(JournalFileBackend, "append_logs", full)
     if place == "record.json":  # the cell could not write its own
