@@ -65,13 +65,14 @@ class Tuning:
     console: Console
     workers: int = 1  # trials at a time
     pause: float = 0.5  # seconds between looks at the cells
-    results: Path = field(init=False)
     cells: dict[str, Cell] = field(default_factory=dict)  # of all trials that were looked up
     running: list[_Running] = field(default_factory=list)
     left: set[tuple[str, int]] = field(default_factory=set)  # trials that this start goes on with no more
 
-    def __post_init__(self) -> None:
-        self.results = self.studies.results
+    @property
+    def results(self) -> Path:
+        """The folder of the tuning."""
+        return self.studies.results
 
     def run(self) -> bool:
         """Run what is missing of `trials` in each family; whether all have them.
@@ -82,13 +83,17 @@ class Tuning:
         asked = launcher_requests(self.results)
         with writing(self.results), live(self.console, self._table) as refresh, stop_requests() as requests:
             try:
-                while self._goes_on():
+                while True:
                     if requests or asked():
                         self.console.print(
                             "Stopping: each running trial finishes its epoch and saves. "
                             f"Ctrl-C, {ONE_REQUEST} seconds from now or later: at once."
                         )
                         raise KeyboardInterrupt
+                    while len(self.running) < self.workers and self._next():
+                        pass
+                    if not self.running:
+                        break
                     self.running = [running for running in self.running if not self._ended(running)]
                     refresh()
                     time.sleep(self.pause)
@@ -98,12 +103,6 @@ class Tuning:
                 finally:
                     self.launcher.close()
         return self.studies.complete(self.trials)
-
-    def _goes_on(self) -> bool:
-        """Begin as many trials as there is room for; whether any is at work."""
-        while len(self.running) < self.workers and self._next():
-            pass
-        return bool(self.running)
 
     def _table(self, height: int | None = None) -> Group:
         """The trials at work, and how many have ended."""
