@@ -271,12 +271,13 @@ def tune(
         ),
     ] = None,
     results: Results = RESULTS,
+    _plugins: Plugins = False,
 ) -> None:
     """Search values for every combination with equal budgets, by development prompts; write GRID-tuned.yaml."""
     from ablate.space import parse_space
     from runners.launchers import make_launcher
     from runners.preflight import preflight
-    from runners.studies import JOURNAL, open_storage
+    from runners.studies import JOURNAL, Studies, open_storage
     from runners.sweep import most_devices
     from runners.trials import SUFFIX, families
     from runners.tuned_grid import check_target, write_tuned_grid
@@ -284,39 +285,42 @@ def tune(
 
     check_target(grid)
     dimensions = parse_space(space)
-    _, _, planned = _planned(grid, settings, only, None)
+    loaded, _, planned = _planned(grid, settings, only, None)
     console, folder, found = _console(), results / (planned.grid + SUFFIX), families(planned, dimensions)
     bases = [family.base for family in found]
     _check_models(bases)
-    opened = open_storage(storage or str(folder / JOURNAL))
-    place = make_launcher(
-        launcher,
-        folder,
-        workers=workers,
-        devices=most_devices(bases),
-        settings=_launcher_settings(launcher_settings),
-        attempts=ATTEMPTS,
-    )
-    _print_findings(console, preflight(bases, folder, workers=workers))
-    tuning = Tuning(
-        results=folder,
-        families=found,
-        storage=opened,
-        trials=trials,
-        launcher=place,
-        console=console,
-        workers=workers,
-    )
-    console.print(f"{counted(len(found), 'combination')}, {trials} trials each, in {folder}, {workers} at a time")
-    try:
-        complete = tuning.run()
-    except KeyboardInterrupt:
-        console.print("Stopped. Nothing is lost; the same command goes on.")
-        raise SystemExit(130) from None
-    if not complete:
-        console.print("Not all trials have ended: the same command goes on, and writes the tuned grid once they have.")
-        raise SystemExit(1)
-    ended = {family.study: (family, tuning.finished(family)) for family in found}
+    studies = Studies(results=folder, families=found, storage=open_storage(storage or str(folder / JOURNAL)))
+    each = f"{counted(len(found), 'combination')}, {counted(trials, 'trial')} each, in {folder}"
+    if studies.complete(trials):
+        console.print(f"{each}: all have ended, and nothing is left to train.")
+    else:
+        place = make_launcher(
+            launcher,
+            folder,
+            workers=workers,
+            devices=most_devices(bases),
+            settings=_launcher_settings(launcher_settings),
+            attempts=ATTEMPTS,
+        )
+        _print_findings(console, preflight(bases, folder, workers=workers))
+        console.print(f"{each}, {workers} at a time")
+        tuning = Tuning(
+            studies=studies,
+            grid_text=loaded.source.text,
+            trials=trials,
+            launcher=place,
+            console=console,
+            workers=workers,
+        )
+        try:
+            complete = tuning.run()
+        except KeyboardInterrupt:
+            console.print("Stopped. Nothing is lost; the same command goes on.")
+            raise SystemExit(130) from None
+        if not complete:
+            console.print("Not all trials have ended: the same command goes on, and writes the tuned grid then.")
+            raise SystemExit(1)
+    ended = {family.study: (family, studies.ended(family)) for family in found}
     typer.echo(write_tuned_grid(grid, ended, settings or ()))
 
 

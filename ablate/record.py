@@ -26,6 +26,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, ConfigDict, ValidationError, field_validator
 
 from ablate.json_lines import line_of
+from ablate.part import COMPONENT_AXES
 from ablate.plan import FORMAT, Cell, Excluded, FolderName
 from ablate.recipe import Strict, recipe_fields
 from ablate.secrets import redacted
@@ -163,8 +164,8 @@ class PlannedCell(Strict):
     @field_validator("axes")
     @classmethod
     def _known(cls, axes: dict[str, Any]) -> dict[str, Any]:
-        if unknown := axes.keys() - AXES:
-            raise ValueError(f"{sorted(unknown)[0]!r} is no recipe field")
+        if unknown := sorted(axis for axis in axes.keys() - AXES if axis.partition(".")[0] not in COMPONENT_AXES):
+            raise ValueError(f"{unknown[0]!r} is no recipe field")
         return axes
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from ablate.record import write_atomic
 from ablate.source import FieldError, InputError, choices
 from ablate.space import Dimension
 from ablate.variation import vary
+from runners.cell import mend
 
 SPLIT = "development"  # of the held-out prompts that trials are judged by; never the one that is reported
 SUFFIX = "-tune"  # of the folder beside the grid's own
+IMPOSSIBLE = "not possible"  # begins what is said of values that no cell can have together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,18 +143,28 @@ def value_of(cell: Cell, field: str) -> Any:
     return value
 
 
+@contextlib.contextmanager
+def writing(results: Path) -> Iterator[None]:
+    """Raises InputError in place of an error of the disk, such as a full one."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or results}: cannot be written: {error.strerror}") from None
+
+
 def write_cell(results: Path, cell: Cell) -> Path:
-    """The folder of a trial's cell, with its cell.json."""
+    """The folder of a trial's cell, with its cell.json; a record that nobody could read is set aside."""
     folder = results / cell.id
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "cell.json").exists():
         write_atomic(folder / "cell.json", cell.model_dump_json(indent=1) + "\n")
+    mend(folder)
     return folder
 
 
-def write_plan(results: Path, cells: Sequence[Cell]) -> None:
-    """plan.json over all trials, whose tuned values are axes, so that reports read them as any other results."""
+def write_plan(results: Path, cells: Sequence[Cell], grid_text: str) -> None:
+    """The grid, and plan.json over all trials, whose tuned values are axes: to other commands, results as any other."""
     order = {axis: tuple(dict.fromkeys(getattr(cell, axis) for cell in cells)) for axis in COMPONENT_AXES}
-    grid = cells[0].grid if cells else results.name
-    plan = Plan(grid=grid, order=order, cells=tuple(cells), excluded=(), listed=True)
+    plan = Plan(grid=cells[0].grid, order=order, cells=tuple(cells), excluded=(), listed=True)
+    write_atomic(results / "grid.yaml", grid_text)
     write_atomic(results / "plan.json", plan.to_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ from ablate.plan import make_plan
 from ablate.record import write_atomic
 from ablate.source import InputError, counted
 from runners.identity import identify
-from runners.trials import SPLIT, Family
+from runners.trials import IMPOSSIBLE, SPLIT, Family, writing
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 MARK = "# Written by `ablate tune`"
+ENDINGS = ("to the end", "ended early", IMPOSSIBLE, "failed")
 NAME = re.compile(r"^name:\s*(?P<name>[\w.-]+|'[^']*'|\"[^\"]*\")", re.MULTILINE)
 
 
@@ -44,7 +46,8 @@ def write_tuned_grid(
     text = NAME.sub(f"name: {loaded.file.name}-tuned", loaded.source.text, count=1).rstrip("\n") + "\n"
     rows = "".join(_rows(family, trials) for family, trials in found.values())
     key = "tuned:" if any(line.startswith("  - ") for line in rows.splitlines()) else "tuned: []"
-    write_atomic(target, f"{_header(grid, found, settings)}{text}{key}\n{rows}")
+    with writing(target):
+        write_atomic(target, f"{_header(grid, found, settings)}{text}{key}\n{rows}")
     make_plan(load_grid(target), identify)
     return target
 
@@ -91,11 +94,8 @@ def best_of(complete: Sequence[FrozenTrial]) -> FrozenTrial:
 
 def _evidence(family: Family, trials: Sequence[FrozenTrial], complete: Sequence[FrozenTrial]) -> list[str]:
     spent = {t.user_attrs["cell"]: t.user_attrs.get("device_hours", 0.0) for t in trials if "cell" in t.user_attrs}
-    ended = ", ".join(
-        f"{count} {word}"
-        for state, word in (("COMPLETE", "to the end"), ("PRUNED", "ended early"), ("FAIL", "not possible"))
-        if (count := sum(trial.state.name == state for trial in trials))
-    )
+    counts = Counter(map(_ending, trials))
+    ended = ", ".join(f"{counts[word]} {word}" for word in ENDINGS if counts[word])
     lines = [f"{family.name}: {counted(len(trials), 'trial')} ({ended}), {sum(spent.values()):.3g} device-hours."]
     if complete:
         best = best_of(complete)
@@ -112,6 +112,14 @@ def _evidence(family: Family, trials: Sequence[FrozenTrial], complete: Sequence[
 def _values(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in
                      params.items())  # fmt: skip
+
+
+def _ending(trial: FrozenTrial) -> str:
+    """One of ENDINGS."""
+    to_the_end, early, impossible, failed = ENDINGS
+    if trial.state.name == "FAIL":
+        return impossible if str(trial.user_attrs.get("why", "")).startswith(IMPOSSIBLE) else failed
+    return to_the_end if trial.state.name == "COMPLETE" else early
 
 
 def _result(trial: FrozenTrial) -> str:

@@ -63,10 +63,38 @@ def test_a_line_that_a_kill_cut_short_does_not_spoil_the_journal(tmp_path: Path)
     assert numbers(open_storage(str(path))) == [0, 1]
 
 
-def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("one\ntwo\n")
-    with pytest.raises(InputError, match=r"notes\.txt: not a journal of Optuna"):
-        open_storage(str(tmp_path / "notes.txt"))
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"two", "cannot be read as JSON: Expecting value"),
+        (b'{"op_code":4\xff}', "got the byte 0xff, expected UTF-8"),
+        (b"17", "got 17, expected a JSON object"),
+        (b"[4]", r"got \[4\], expected a JSON object"),
+        (b'{"op_code":99}', r"not a journal .*\(AssertionError: Should not reach\.\)"),
+        (b'{"op_code":4}', r"not a journal .*\(KeyError: 'study_id'\)"),
+        (b'{"op_code":7,"trial_id":0,"step":1,"intermediate_value":"x","worker_id":""}', "intermediate_value: got 'x'"),
+    ],
+)
+@pytest.mark.parametrize("where", ["in the middle", "at the end"])
+def test_a_line_that_is_no_operation_is_named(tmp_path: Path, line: bytes, problem: str, where: str) -> None:
+    path = tmp_path / "journal.log"
+    optuna.create_study(storage=open_storage(str(path)), study_name="a").ask()
+    lines = path.read_bytes().splitlines()
+    number = 2 if where == "in the middle" else len(lines) + 1
+    path.write_bytes(b"\n".join([*lines[: number - 1], line, *lines[number - 1 :], b""]))
+    with pytest.raises(InputError, match=rf"^{path}:{number}: {problem}") as error:
+        open_storage(str(path))
+    assert "not a journal of Optuna, or a damaged one" in str(error.value)
+
+
+def test_a_journal_that_is_damaged_while_it_is_used_is_named_too(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+    study = optuna.create_study(storage=open_storage(str(path)), study_name="a")
+    number = len(path.read_bytes().splitlines()) + 1
+    with path.open("ab") as file:
+        file.write(b'{"op_code":4,"stu\n')
+    with pytest.raises(InputError, match=rf"^{path}:{number}: cannot be read as JSON"):
+        study.ask()
 
 
 def test_studies_are_kept_in_postgresql(postgresql_url: str) -> None:

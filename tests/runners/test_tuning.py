@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import re
+import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 from postgresql_server import database
 from rich.console import Console
@@ -24,8 +30,10 @@ from ablate.record import Failure, Ledger, Record, Status, read_cell, read_metri
 from ablate.source import InputError
 from ablate.space import parse_space
 from runners import retries
+from runners.cell_state import planned_cells, state_of
 from runners.launchers.protocol import Ended
-from runners.studies import UNPRUNED, open_storage
+from runners.stop_files import ask_launchers
+from runners.studies import UNPRUNED, Studies, open_storage
 from runners.trials import Family, families, value_of
 from runners.tuned_grid import check_target, write_tuned_grid
 from runners.tuning import ATTEMPTS, Tuning
@@ -143,10 +151,10 @@ def found(tmp_path: Path) -> list[Family]:
 def tuning(
     found: Sequence[Family], folder: Path, cells: Cells, trials: int = 3, workers: int = 1, storage: str = ""
 ) -> Tuning:
+    opened = open_storage(storage or str(folder / "results" / "journal.log"))
     return Tuning(
-        results=folder / "results",
-        families=found,
-        storage=open_storage(storage or str(folder / "results" / "journal.log")),
+        studies=Studies(results=folder / "results", families=found, storage=opened),
+        grid_text=GRID,
         trials=trials,
         launcher=cells,
         console=Console(file=io.StringIO(), width=500),
@@ -155,12 +163,17 @@ def tuning(
     )
 
 
+def said(done: Tuning) -> str:
+    assert isinstance(done.console.file, io.StringIO)
+    return done.console.file.getvalue()
+
+
 def summary(done: Tuning) -> list[tuple[str, int, str, float | None, dict[str, Any]]]:
     """All that is to be the same however often the tuning was killed."""
     return [
         (family.name, trial.number, trial.state.name, trial.value, trial.params)
-        for family in done.families
-        for trial in sorted(done.finished(family), key=lambda trial: trial.number)
+        for family in done.studies.families
+        for trial in sorted(done.studies.ended(family), key=lambda trial: trial.number)
     ]
 
 
@@ -176,7 +189,7 @@ def test_the_first_trial_has_the_recipes_own_values_and_later_ones_are_the_same_
 ) -> None:
     done = tuning(found, tmp_path, Cells())
     done.run()
-    grpo, reinforce = (sorted(done.finished(family), key=lambda trial: trial.number) for family in found)
+    grpo, reinforce = (sorted(done.studies.ended(family), key=lambda trial: trial.number) for family in found)
     assert grpo[0].params == {"update.learning_rate": 5e-4, "objective.clip_range": 0.016}
     rates = [[trial.params["update.learning_rate"] for trial in trials] for trials in (grpo, reinforce)]
     assert rates[0] == rates[1]
@@ -187,7 +200,7 @@ def test_a_trial_is_a_cell_of_its_values_on_other_prompts_and_another_seed(found
     done = tuning(found, tmp_path, Cells())
     done.run()
     for family in found:
-        for trial in done.finished(family):
+        for trial in done.studies.ended(family):
             cell = read_cell(tmp_path / "results" / trial.user_attrs["cell"])
             assert {field: value_of(cell, field) for field in trial.params} == trial.params
             assert (cell.recipe.evaluation.split, cell.seed) == ("development", 2)
@@ -202,7 +215,7 @@ def test_hopeless_trials_end_early_and_say_why(
     done = tuning(found, tmp_path, Cells(), trials=10)
     assert done.run()
     for family in found:
-        trials = sorted(done.finished(family), key=lambda trial: trial.number)
+        trials = sorted(done.studies.ended(family), key=lambda trial: trial.number)
         pruned = [trial for trial in trials if trial.state.name == "PRUNED"]
         assert pruned
         assert all(trial.state.name == "COMPLETE" for trial in trials[:UNPRUNED])
@@ -249,7 +262,7 @@ def test_a_diverged_trial_has_no_value_and_counts(found: list[Family], tmp_path:
     done = tuning(found, tmp_path, Cells(kind=lambda rate: "diverged" if rate == 5e-4 else "done"))
     assert done.run()
     for family in found:
-        first = min(done.finished(family), key=lambda trial: trial.number)
+        first = min(done.studies.ended(family), key=lambda trial: trial.number)
         assert (first.state.name, first.user_attrs["why"]) == ("PRUNED", "diverged: because")
 
 
@@ -260,10 +273,21 @@ def test_a_failed_trial_is_tried_again_by_the_next_starts_and_then_given_up(
     assert [tuning(found, tmp_path, cells).run() for _ in range(ATTEMPTS)] == [*[False] * (ATTEMPTS - 1), True]
     done = tuning(found, tmp_path, cells)
     for family in found:
-        first, *others = sorted(done.finished(family), key=lambda trial: trial.number)
+        first, *others = sorted(done.studies.ended(family), key=lambda trial: trial.number)
         assert (first.state.name, first.user_attrs["why"]) == ("FAIL", "failed 3 times: failed: because")
         assert {trial.state.name for trial in others} == {"COMPLETE"}
     assert sorted(Counter(cells.starts).values()) == [1, 1, 1, 1, ATTEMPTS, ATTEMPTS]
+
+
+def test_an_interrupted_trial_is_left_to_the_next_start_and_is_no_failure(found: list[Family], tmp_path: Path) -> None:
+    cells = Cells(kind=lambda rate: "interrupted" if rate == 5e-4 else "done")
+    for _ in range(ATTEMPTS):
+        done = tuning(found, tmp_path, cells)
+        assert not done.run()
+        assert said(done).count("interrupted; left to the next `ablate tune`") == 2
+    cells.kind = lambda _: "done"
+    assert tuning(found, tmp_path, cells).run()
+    assert {trial.state.name for family in found for trial in done.studies.ended(family)} == {"COMPLETE"}
 
 
 def test_a_trial_that_runs_out_of_memory_goes_on_at_once(
@@ -274,11 +298,10 @@ def test_a_trial_that_runs_out_of_memory_goes_on_at_once(
     cells.failure = Failure.OUT_OF_MEMORY
     done = tuning(found, tmp_path, cells)
     assert done.run()
-    assert {trial.state.name for family in found for trial in done.finished(family)} == {"COMPLETE"}
+    assert {trial.state.name for family in found for trial in done.studies.ended(family)} == {"COMPLETE"}
     assert cells.starts[0] == cells.starts[1]
     assert len(cells.starts) == 1 + 2 * 3
-    assert isinstance(done.console.file, io.StringIO)
-    assert "failed: because; again in 0.2 s, with smaller batches" in done.console.file.getvalue()
+    assert "failed: because; again in 0.2 s, with smaller batches" in said(done)
 
 
 def test_values_that_are_not_possible_together_are_a_trial_without_training(tmp_path: Path) -> None:
@@ -288,7 +311,7 @@ def test_values_that_are_not_possible_together_are_a_trial_without_training(tmp_
     cells = Cells()
     done = tuning(found, tmp_path, cells, trials=12)
     assert done.run()
-    failed = [trial for family in found for trial in done.finished(family) if trial.state.name == "FAIL"]
+    failed = [trial for family in found for trial in done.studies.ended(family) if trial.state.name == "FAIL"]
     assert failed
     for trial in failed:
         assert trial.params["sampler.window"] >= trial.params["rollout.num_steps"] - 1
@@ -316,7 +339,7 @@ def test_two_tuners_share_the_trials_and_do_none_twice(
     assert done.run()
     assert (len(cells.starts), len(other.starts)) == (1, 5)
     assert len(set(cells.starts + other.starts)) == 6
-    assert [len(done.finished(family)) for family in found] == [3, 3]
+    assert [len(done.studies.ended(family)) for family in found] == [3, 3]
 
 
 def test_workers_train_several_trials_at_a_time(found: list[Family], tmp_path: Path) -> None:
@@ -352,11 +375,134 @@ def test_a_cell_that_a_killed_tuner_has_left_at_work_is_waited_for(found: list[F
     assert len(second.starts) == 5
 
 
-def test_the_plan_of_the_trials_is_there_for_reports(found: list[Family], tmp_path: Path) -> None:
-    tuning(found, tmp_path, Cells()).run()
-    plan = json.loads((tmp_path / "results" / "plan.json").read_text())
+def test_other_commands_see_a_trial_as_soon_as_it_begins(found: list[Family], tmp_path: Path) -> None:
+    results = tmp_path / "results"
+
+    class Watched(Cells):
+        def submit(self, folders: Sequence[Path]) -> list[Training]:
+            seen = {state_of(results, cell).cell.id for cell in planned_cells(results)}
+            assert seen == {*self.starts, *(folder.name for folder in folders)}
+            assert (results / "grid.yaml").read_text() == GRID
+            return super().submit(folders)
+
+    assert tuning(found, tmp_path, Watched()).run()
+    plan = json.loads((results / "plan.json").read_text())
     assert (plan["grid"], len(plan["cells"])) == ("mini-tune", 6)
     assert all("update.learning_rate" in cell["axes"] for cell in plan["cells"])
+
+
+def test_a_request_to_stop_the_tuning_stops_the_tuner(found: list[Family], tmp_path: Path) -> None:
+    class Stopped(Cells):
+        """Somebody asks while the first trials are at work."""
+
+        def submit(self, folders: Sequence[Path]) -> list[Training]:
+            ask_launchers(tmp_path / "results")
+            training = super().submit(folders)
+            training[0].poll()
+            return training
+
+    cells = Stopped()
+    done = tuning(found, tmp_path, cells, workers=2)
+    with pytest.raises(KeyboardInterrupt):
+        done.run()
+    assert len(cells.starts) == 2
+    assert "Stopping: each running trial finishes its epoch and saves." in said(done)
+    assert {record.status for folder in cells.starts if (record := read_record(tmp_path / "results" / folder))} == {
+        Status.INTERRUPTED
+    }
+    assert tuning(found, tmp_path, Cells()).run()
+
+
+def test_results_that_are_mirrored_meanwhile_do_not_hold_up_the_tuner(found: list[Family], tmp_path: Path) -> None:
+    done = tuning(found, tmp_path, Cells())
+    with lock(tmp_path / "results"):  # as the one writer of MLflow does
+        assert done.run()
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["cell.json", "plan.json", "lock 0", "lock 1", "journal.log", "record.json"])
+def test_a_full_disk_is_what_is_said(
+    found: list[Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    cells = Cells()
+    done = tuning(found, tmp_path, cells)
+
+    def full(*_: object) -> None:
+        raise FULL
+
+    def write(path: Path, text: str) -> None:
+        full() if path.name == place else write_atomic(path, text)
+
+    for module in ("runners.trials", "runners.closing"):
+        monkeypatch.setattr(f"{module}.write_atomic", write)
+    if place.startswith("lock"):  # of the studies, or of a trial
+        locks = [place == f"lock {number}" for number in (1, 0)]
+        monkeypatch.setattr("ablate.lock._write", lambda _, owner: full() if owner and locks and locks.pop() else None)
+    if place == "journal.log":
+        monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+    if place == "record.json":  # the cell could not write its own
+        cells.kind = lambda _: "failed"
+        monkeypatch.setattr("test_tuning.write_record", lambda *_: None)
+    with pytest.raises(InputError, match=f"results.*: .*{FULL.strerror}$") as error:
+        done.run()
+    assert len(str(error.value).splitlines()) == 1
+    monkeypatch.undo()
+    assert tuning(found, tmp_path, Cells()).run()
+
+
+def test_a_damaged_record_of_a_trial_is_set_aside_and_the_trial_goes_on(found: list[Family], tmp_path: Path) -> None:
+    first = Cells(dies_after=3)
+    with pytest.raises(Killed):
+        tuning(found, tmp_path, first).run()
+    folder = tmp_path / "results" / first.starts[0]
+    (folder / "record.json").write_text('{"id": "gr')
+    assert tuning(found, tmp_path, Cells()).run()
+    assert (folder / "damaged-record.json").exists()
+
+
+def test_without_its_journal_a_tuning_draws_the_same_trials_and_trains_none_again(
+    found: list[Family], tmp_path: Path
+) -> None:
+    done = tuning(found, tmp_path, Cells(), trials=8)
+    done.run()
+    before = summary(done)
+    (tmp_path / "results" / "journal.log").unlink()
+    again = tuning(found, tmp_path, cells := Cells(), trials=8)
+    assert again.run()
+    assert summary(again) == before
+    assert cells.starts == []
+
+
+def damaged(content: bytes, random: Random) -> bytes:
+    """A journal whose lines are cut, overwritten, or no operations."""
+    lines = content.split(b"\n")
+    place, line = random.randrange(len(content)), random.randrange(len(lines) - 1)
+    operation = {**json.loads(lines[line]), **random.choice(DAMAGE)}
+    lines[line] = random.choice([b"17", b"[1, 2]", b"", json.dumps(operation).encode()])
+    cut, flipped = content[:place], bytes([content[place] ^ 1 << random.randrange(8)])
+    return random.choice([cut, cut + b"\n", cut + flipped + content[place + 1 :], b"\n".join(lines)])
+
+
+DAMAGE = ({"op_code": 99}, {"op_code": None}, {"step": "one"}, {"intermediate_value": {}}, {"param_value_internal": []})
+
+
+def test_a_damaged_journal_is_read_or_refused_with_file_and_line(found: list[Family], tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        tuning(found, tmp_path, Cells(dies_after=12)).run()
+    content, refused = (tmp_path / "results" / "journal.log").read_bytes(), []
+    for seed in range(60):
+        folder = tmp_path / str(seed)
+        shutil.copytree(tmp_path / "results", folder / "results")
+        (folder / "results" / "journal.log").write_bytes(damaged(content, Random(seed)))
+        try:
+            tuning(found, folder, Cells()).run()
+        except InputError as error:
+            refused.append(str(error).removeprefix(f"{folder}/results/"))
+    place = re.compile(r"journal\.log:\d+: .*not a journal of Optuna, or a damaged one|.*no cell\.json")
+    assert [message for message in refused if not place.match(message)] == []
+    assert 20 < len(refused) < 60
 
 
 @pytest.mark.parametrize(
@@ -399,7 +545,7 @@ def test_a_study_changes_with_all_that_its_trials_depend_on(tmp_path: Path) -> N
 def tuned(found: list[Family], folder: Path, cells: Cells) -> tuple[Path, dict[str, list[FrozenTrial]]]:
     done = tuning(found, folder, cells)
     done.run()
-    ended = {family.study: (family, done.finished(family)) for family in found}
+    ended = {family.study: (family, done.studies.ended(family)) for family in found}
     path = write_tuned_grid(folder / "mini.yaml", ended, ["kl.coef=0"])
     return path, {family.base.objective: trials for family, trials in ended.values()}
 
@@ -433,6 +579,19 @@ def test_the_tuned_grid_shows_its_evidence(found: list[Family], tmp_path: Path) 
             assert f" -> {trial.value:.4f}" in text
 
 
+def test_the_evidence_tells_trials_that_failed_from_values_that_are_not_possible(tmp_path: Path) -> None:
+    text = GRID.replace("[ode]", "[{name: mixed, window: 1}]").replace("reinforce", "epg")
+    found = families(planned(tmp_path, text), parse_space(["sampler.window=1..4:int", "rollout.num_steps=3..5:int"]))
+    cells = Cells(kind=lambda _: "failed" if cells.starts[-1] == cells.starts[0] else "done")
+    while not (done := tuning(found, tmp_path, cells, trials=6)).run():
+        pass
+    path = write_tuned_grid(tmp_path / "mini.yaml", {f.study: (f, done.studies.ended(f)) for f in found})
+    text = path.read_text()
+    for result, word in (("not possible: ", "not possible"), ("failed 3 times: failed: because", "failed")):
+        counts = [int(count) for count in re.findall(rf"(\d+) {word}[,)]", text)]
+        assert sum(counts) == text.count(f"-> {result}") > 0
+
+
 def test_a_combination_without_a_result_keeps_the_values_of_the_recipe(found: list[Family], tmp_path: Path) -> None:
     path, _ = tuned(found, tmp_path, Cells(kind=lambda _: "diverged"))
     assert "No trial has come to its end: the values stay the recipe's." in path.read_text()
@@ -462,6 +621,28 @@ def test_a_file_that_tuning_has_not_written_is_not_overwritten(tmp_path: Path) -
     assert (tmp_path / "mini-tuned.yaml").read_text() == "mine: yes\n"
 
 
+def ended() -> Any:
+    """The exit code of the command in sys.argv."""
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code or 0
+
+
+def test_a_module_in_the_current_folder_is_imported_if_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "of_a_user.py").write_text("raise RuntimeError('it was run')\n")
+    monkeypatch.chdir(tmp_path / "code")
+    monkeypatch.setenv("ABLATE_PLUGINS", "")
+    grid = grid_in(tmp_path, GRID.replace("reinforce]", "'of_a_user:Mine']"))
+    words = ["ablate", "tune", str(grid), "--trials", "1", "--space", "learning_rate=1e-5..1e-3"]
+    for option, part in (([], "--allow-plugins trusts the current folder"), (["--allow-plugins"], "it was run")):
+        monkeypatch.setattr("sys.argv", [*words, *option])
+        assert ended() == 2
+        assert part in capsys.readouterr().err
+
+
 def test_a_real_tuning_ends_with_a_grid_and_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -469,11 +650,16 @@ def test_a_real_tuning_ends_with_a_grid_and_is_not_repeated(
     words = ["ablate", "tune", str(grid), "--trials", "2", "--only", "objective=reinforce", "--workers", "2"]
     words += ["--space", "learning_rate=1e-5..1e-3:log", "--results", str(tmp_path / "results")]
     monkeypatch.setattr("sys.argv", words)
-    for _ in range(2):  # the second time there is nothing left to train
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
-    assert str(grid.with_name("mini-tuned.yaml")) in capsys.readouterr().out
+    assert ended() == 0
+    tuned = grid.with_name("mini-tuned.yaml")
+    content = tuned.read_bytes()
+    assert str(tuned) in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*words, "--launcher", "ray", "--launcher-set", "address=127.0.0.1:9"])
+    assert ended() == 0  # nothing is left for a cluster, which is not there
+    assert "all have ended, and nothing is left to train" in " ".join(capsys.readouterr().out.split())
+    assert tuned.read_bytes() == content
+    monkeypatch.setattr("sys.argv", ["ablate", "status", "mini-tune", "--results", str(tmp_path / "results")])
+    assert ended() == 0
     folders = [path.parent for path in (tmp_path / "results" / "mini-tune").glob("*/cell.json")]
     assert len(folders) == 2
     for folder in folders:
