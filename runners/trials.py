@@ -18,6 +18,7 @@ from ablate.space import Dimension
 from ablate.variation import vary
 from runners.cell import mend
 
+OF_DATABASES = ("sqlalchemy", "psycopg", "optuna")  # whose exceptions tell of a database, not of a mistake here
 SPLIT = "development"  # of the held-out prompts that trials are judged by; never the one that is reported
 SUFFIX = "-tune"  # of the folder beside the grid's own
 IMPOSSIBLE = "not possible"  # begins what is said of values that no cell can have together
@@ -145,11 +146,16 @@ def value_of(cell: Cell, field: str) -> Any:
 
 @contextlib.contextmanager
 def writing(results: Path) -> Iterator[None]:
-    """Raises InputError in place of an error of the disk, such as a full one."""
+    """Raises InputError in place of an error of the disk, such as a full one, or of a database that has gone."""
     try:
         yield
     except OSError as error:
         raise InputError(f"{error.filename or results}: cannot be written: {error.strerror}") from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in OF_DATABASES:
+            raise
+        problem = str(error).partition("\n")[0]
+        raise InputError(f"--storage postgresql://...: {problem}; the same command goes on once it is there") from None
 
 
 def write_cell(results: Path, cell: Cell) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
-from postgresql_server import database
+from postgresql_server import can_serve, database, postgresql
 from rich.console import Console
 
 from ablate import cli
@@ -432,8 +433,8 @@ def test_a_full_disk_is_what_is_said(
     def full(*_: object) -> None:
         raise FULL
 
-    def write(path: Path, text: str) -> None:
-        full() if path.name == place else write_atomic(path, text)
+    def write(path: Path, text: str, **how: bool) -> None:
+        full() if path.name == place else write_atomic(path, text, **how)
 
     for module in ("runners.trials", "runners.closing"):
         monkeypatch.setattr(f"{module}.write_atomic", write)
@@ -450,6 +451,25 @@ def test_a_full_disk_is_what_is_said(
     assert len(str(error.value).splitlines()) == 1
     monkeypatch.undo()
     assert tuning(found, tmp_path, Cells()).run()
+
+
+def test_a_database_that_goes_is_a_line_and_nothing_is_lost(found: list[Family], tmp_path: Path) -> None:
+    if not can_serve():
+        pytest.skip("PostgreSQL is not installed")
+    with contextlib.ExitStack() as stack:
+        url = database(stack.enter_context(postgresql()), "trials")
+
+        class Last(Cells):
+            def submit(self, folders: Sequence[Path]) -> list[Training]:
+                if len(self.starts) == 2:
+                    stack.close()
+                return super().submit(folders)
+
+        cells = Last()
+        with pytest.raises(InputError, match=r"^--storage postgresql://\.\.\.: .*; the same command goes on") as error:
+            tuning(found, tmp_path, cells, storage=url).run()
+    assert len(str(error.value).splitlines()) == 1
+    assert len(cells.starts) == 3
 
 
 def test_a_damaged_record_of_a_trial_is_set_aside_and_the_trial_goes_on(found: list[Family], tmp_path: Path) -> None:
