@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
+from ablate.attempts import book_lost
 from ablate.lock import lock
-from ablate.record import Ledger, Status, read_record, read_spent, write_ledger
+from ablate.record import LEDGER, Ledger, Status, read_record, read_spent, write_ledger
 
 SET_ASIDE = "earlier-"  # folders in a cell's, with a number
-LEFT_BEHIND = ("record.json", "attempts.jsonl", "metrics.jsonl", "traceback.txt", "log.txt", "samples", "checkpoint")
+LEFT_BEHIND = ("record.json", "metrics.jsonl", "traceback.txt", "log.txt", "samples")  # beside the checkpoints
 
 
 def failed_cells(cells: Iterable[Path], *, diverged: bool = False) -> list[Path]:
@@ -20,16 +21,17 @@ def failed_cells(cells: Iterable[Path], *, diverged: bool = False) -> list[Path]
 
 
 def start_anew(folder: Path) -> Path:
-    """Take a cell back to before its first attempt; the folder that now holds what it had.
+    """Take a cell back to before its first epoch; the folder that now holds what it had. Its attempts stay.
 
     Raises Taken, an InputError, if a process runs it.
     """
     with lock(folder):
-        spent = read_spent(folder)
+        spent = read_spent(folder).undone(Ledger())
+        write_ledger(folder, spent)  # first, so that nothing that comes between forgets it
+        book_lost(folder, spent.lost)
         kept = next(path for n in count(1) if not (path := folder / f"{SET_ASIDE}{n}").exists())
         kept.mkdir()
-        for name in LEFT_BEHIND:
-            if (folder / name).exists():
-                (folder / name).rename(kept / name)
-        write_ledger(folder, spent.undone(Ledger()))
+        checkpoints = [path for path in sorted((folder / LEDGER).parent.iterdir()) if path.name != LEDGER.name]
+        for path in [*checkpoints, *(path for name in LEFT_BEHIND if (path := folder / name).exists())]:
+            path.rename(kept / path.name)
     return kept

@@ -69,7 +69,7 @@ def _state_of(results: Path, cell: Cell) -> CellState:
     record = last if last and (last.status.final or attempts.number <= last.attempts) else None
     ends = _ends(folder, _stamp(folder / "metrics.jsonl"))
     status = str(record.status) if record else "running" if is_locked(folder) else "waiting"
-    if status == "waiting" and (ends.last or attempts.number):
+    if status == "waiting" and (ends.last or attempts.left_open):
         status = str(Status.INTERRUPTED)
     epoch, hours = ends.last.get("epoch", 0), ends.last.get("device_hours", 0.0)
     budget = cell.recipe.budget
@@ -123,6 +123,7 @@ class _Attempts:
 
     number: int = 0
     processes: int = 1  # of the last
+    left_open: bool = False  # of the last nobody knows how it ended
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -138,4 +139,7 @@ def _ends(folder: Path, stamp: Stamp) -> Ends:
 @lru_cache(maxsize=REMEMBERED)
 def _attempts(folder: Path, stamp: Stamp) -> _Attempts:
     attempts = read_attempts(folder) if stamp else []
-    return _Attempts(len(attempts), len(attempts[-1].devices) or 1) if attempts else _Attempts()
+    if not attempts:
+        return _Attempts()
+    last = attempts[-1]
+    return _Attempts(number=len(attempts), processes=len(last.devices) or 1, left_open=last.status is None)

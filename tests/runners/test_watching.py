@@ -372,10 +372,11 @@ def test_a_failed_cell_starts_anew_and_what_it_spent_is_lost(folder: Path, ablat
     code, out, _ = ablate("retry", folder)
     assert (code, out.count("starts anew")) == (0, 1)
     assert state_of(folder, FIRST).status == "waiting"
-    assert state_of(folder, FIRST).attempts == 0
+    assert state_of(folder, FIRST).attempts == 1
     assert state_of(folder, SECOND).status == "done"
     kept = own / "earlier-1"
-    assert [attempt.status for attempt in read_attempts(kept)] == [Status.FAILED]
+    (attempt,) = read_attempts(own)
+    assert (attempt.status, 3600 * attempt.lost_device_hours) == (Status.FAILED, pytest.approx(2 * 36.0 + 360.0))
     assert read_metrics(kept)[-1]["epoch"] == 2
     spent = read_spent(own)
     assert (spent.work, spent.lost) == (0.0, pytest.approx(2 * 36.0 + 360.0))
