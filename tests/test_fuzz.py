@@ -77,7 +77,7 @@ LOOK += ("stop results/study", "stop CELL", "eval results/study", "run grid.yaml
 REPORT = "report results/study --brief"
 PLAN = ("plan grid.yaml", "plan grid.yaml --json")
 PROMPTS = "plan grid.yaml --set prompts.train={0} --set prompts.evaluation={0}"
-HALVING = "run grid.yaml --freeze --halving 1 --only id="
+HALVING = "run grid.yaml --freeze --halving 1 --only objective=dpo --only estimator=elbo-simple --seeds 1"
 
 
 def from_yaml(text: str) -> Any:
@@ -135,7 +135,7 @@ KINDS = {
     "metrics": Kind("CELL/metrics.jsonl", as_lines, 220, (*LOOK, REPORT)),
     "attempts": Kind("CELL/attempts.jsonl", as_lines, 160, (*LOOK, REPORT)),
     "ledger": Kind("CELL/checkpoint/ledger.json", as_json, 100, LOOK),
-    "halving": Kind("results/study/halving.json", as_json, 100, (HALVING, HALVING, HALVING, REPORT)),
+    "halving": Kind("results/study/halving.json", as_json, 80, (*(HALVING,) * 7, REPORT)),
     "limits": Kind("CELL/limits.json", as_json, 40, ("cell CELL",)),
     "request to launchers": Kind("results/study/.stop", as_text, 40, LOOK, lined=False),
     "request to a cell": Kind("CELL/.stop", as_text, 40, (*LOOK, "cell CELL"), lined=False),
@@ -143,7 +143,7 @@ KINDS = {
     "lock that is held": Kind("CELL/.lock", as_json, 60, LOOK, lined=False, held=True),
     "newest checkpoint": Kind("CELL/checkpoint/state.pt", damaged_checkpoint, 40, ("cell CELL",), lined=False),
     "checkpoint before": Kind("CELL/checkpoint/before.pt", damaged_checkpoint, 10, ("cell CELL",), lined=False),
-    "published": Kind("results/published/table.yaml", as_yaml, 20, (REPORT,)),
+    "published": Kind("results/published/table.yaml", as_yaml, 15, (REPORT,)),
 }
 
 # of what is no damage, a message names no line
@@ -177,11 +177,14 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     freeze(study, planned.keep(lambda one: one == cell), GRID)
     write_limits(study / cell.id, Limits(share=0.5))
     assert run_cell(study / cell.id).status is Status.PAUSED
+    (study / cell.id / "log.txt").write_text("epoch 1\n")
     (study / ".stop").write_text("a1")
     (study / cell.id / ".stop").write_text("b2")
+    compared = (cell.objective, cell.seed, cell.estimator)
     lock = {"host": "node", "pid": 7, "started": 1.7e9, "machine": "x", "token": "c3"}
     (study / cell.id / ".lock").write_text(json.dumps(lock))
-    choice = Halving(halvings=1, splits=("evaluation",), cells=(cell.id,))
+    judged = (one.id for one in planned.cells if (one.objective, one.seed, one.estimator) == compared)
+    choice = Halving(halvings=1, splits=("evaluation",), cells=tuple(judged))
     (study / "halving.json").write_text(choice.model_dump_json(indent=1))
     return folder
 
@@ -233,10 +236,7 @@ def attack(kind: Kind, home: Path, valid: Path, ablate: Command, number: int) ->
     """Run commands over so many damaged files of a kind."""
     (cell,) = (path.parent.relative_to(valid) for path in valid.glob("results/study/*/cell.json"))
     name = kind.file.replace("CELL", str(cell))
-    commands = [
-        (command + cell.name if command == HALVING else command.replace("CELL", str(cell))).split()
-        for command in kind.commands
-    ]
+    commands = [command.replace("CELL", str(cell)).split() for command in kind.commands]
 
     @settings(
         max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -264,6 +264,20 @@ def attack(kind: Kind, home: Path, valid: Path, ablate: Command, number: int) ->
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where files are damaged."""
     return tmp_path_factory.mktemp("home")
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(command for kind in KINDS.values() for command in kind.commands))
+def test_files_that_are_not_damaged_are_read(
+    command: str, home: Path, valid: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    renew(home, valid)
+    (cell,) = home.glob("results/study/*/cell.json")
+    code, _, err = ablate(*command.replace("CELL", str(cell.parent)).split())
+    if command.startswith("eval"):
+        assert re.fullmatch(REFUSED[2], err.strip())  # the one cell is not finished
+    else:
+        assert (code, err) == (int(command.startswith("status")), "")
 
 
 @pytest.mark.parametrize("name", KINDS)
