@@ -75,6 +75,7 @@ LOOK = ("status results/study", "status results/study --json", "status grid.yaml
 LOOK += ("clean results/study", "clean results/study --strays --yes", "retry results/study", "retry CELL", "logs CELL")
 LOOK += ("stop results/study", "stop CELL", "eval results/study", "run grid.yaml --dry-run", "sync results/study")
 REPORT = "report results/study --brief"
+READ = (*LOOK, *LOOK, REPORT)  # which takes longer
 PLAN = ("plan grid.yaml", "plan grid.yaml --json")
 PROMPTS = "plan grid.yaml --set prompts.train={0} --set prompts.evaluation={0}"
 HALVING = "run grid.yaml --freeze --halving 1 --only objective=dpo --only estimator=elbo-simple --seeds 1"
@@ -128,20 +129,20 @@ KINDS = {
     "bench": Kind("bench.json", as_json, 60, ("plan grid.yaml --bench bench.json",)),
     "prompts": Kind("prompts.jsonl", as_lines, 60, (PROMPTS.format("prompts.jsonl"),)),
     "sentences": Kind("prompts.txt", as_text, 40, (PROMPTS.format("prompts.txt"),)),
-    "plan": Kind("results/study/plan.json", as_json, 220, (*LOOK, REPORT)),
+    "plan": Kind("results/study/plan.json", as_json, 220, READ),
     "grid of results": Kind("results/study/grid.yaml", as_yaml, 60, LOOK),
-    "cell": Kind("CELL/cell.json", as_json, 220, (*LOOK, REPORT)),
-    "record": Kind("CELL/record.json", as_json, 220, (*LOOK, REPORT)),
-    "metrics": Kind("CELL/metrics.jsonl", as_lines, 220, (*LOOK, REPORT)),
-    "attempts": Kind("CELL/attempts.jsonl", as_lines, 160, (*LOOK, REPORT)),
+    "cell": Kind("CELL/cell.json", as_json, 220, READ),
+    "record": Kind("CELL/record.json", as_json, 220, READ),
+    "metrics": Kind("CELL/metrics.jsonl", as_lines, 220, READ),
+    "attempts": Kind("CELL/attempts.jsonl", as_lines, 160, READ),
     "ledger": Kind("CELL/checkpoint/ledger.json", as_json, 100, LOOK),
     "halving": Kind("results/study/halving.json", as_json, 80, (*(HALVING,) * 7, REPORT)),
-    "limits": Kind("CELL/limits.json", as_json, 40, ("cell CELL",)),
+    "limits": Kind("CELL/limits.json", as_json, 30, ("cell CELL",)),
     "request to launchers": Kind("results/study/.stop", as_text, 40, LOOK, lined=False),
     "request to a cell": Kind("CELL/.stop", as_text, 40, (*LOOK, "cell CELL"), lined=False),
     "lock": Kind("CELL/.lock", as_json, 60, LOOK, lined=False),
     "lock that is held": Kind("CELL/.lock", as_json, 60, LOOK, lined=False, held=True),
-    "newest checkpoint": Kind("CELL/checkpoint/state.pt", damaged_checkpoint, 40, ("cell CELL",), lined=False),
+    "newest checkpoint": Kind("CELL/checkpoint/state.pt", damaged_checkpoint, 30, ("cell CELL",), lined=False),
     "checkpoint before": Kind("CELL/checkpoint/before.pt", damaged_checkpoint, 10, ("cell CELL",), lined=False),
     "published": Kind("results/published/table.yaml", as_yaml, 15, (REPORT,)),
 }
