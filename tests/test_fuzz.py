@@ -26,7 +26,10 @@ from ablate.grid import load_grid
 from ablate.halving import Halving
 from ablate.limits import Limits, write_limits
 from ablate.plan import make_plan
+from ablate.probe_rows import GradientRow
 from ablate.record import Status
+from ablate.source import InputError
+from analysis.probe import read_rows, signal_to_noise
 from runners.cell import run_cell
 from runners.identity import identify
 from runners.sweep import freeze
@@ -134,17 +137,17 @@ KINDS = {
     "cell": Kind("CELL/cell.json", as_json, 220, READ),
     "record": Kind("CELL/record.json", as_json, 220, READ),
     "metrics": Kind("CELL/metrics.jsonl", as_lines, 220, READ),
-    "attempts": Kind("CELL/attempts.jsonl", as_lines, 160, READ),
+    "attempts": Kind("CELL/attempts.jsonl", as_lines, 180, LOOK),
     "ledger": Kind("CELL/checkpoint/ledger.json", as_json, 100, LOOK),
-    "halving": Kind("results/study/halving.json", as_json, 80, (*(HALVING,) * 7, REPORT)),
-    "limits": Kind("CELL/limits.json", as_json, 30, ("cell CELL",)),
+    "halving": Kind("results/study/halving.json", as_json, 80, (*(HALVING,) * 15, REPORT)),
+    "limits": Kind("CELL/limits.json", as_json, 24, ("cell CELL",)),
     "request to launchers": Kind("results/study/.stop", as_text, 40, LOOK, lined=False),
     "request to a cell": Kind("CELL/.stop", as_text, 40, (*LOOK, "cell CELL"), lined=False),
     "lock": Kind("CELL/.lock", as_json, 60, LOOK, lined=False),
     "lock that is held": Kind("CELL/.lock", as_json, 60, LOOK, lined=False, held=True),
-    "newest checkpoint": Kind("CELL/checkpoint/state.pt", damaged_checkpoint, 30, ("cell CELL",), lined=False),
+    "newest checkpoint": Kind("CELL/checkpoint/state.pt", damaged_checkpoint, 24, ("cell CELL",), lined=False),
     "checkpoint before": Kind("CELL/checkpoint/before.pt", damaged_checkpoint, 10, ("cell CELL",), lined=False),
-    "published": Kind("results/published/table.yaml", as_yaml, 15, (REPORT,)),
+    "published": Kind("results/published/table.yaml", as_yaml, 8, (REPORT,)),
 }
 
 # of what is no damage, a message names no line
@@ -169,7 +172,6 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prompts.jsonl": to_lines([PROMPT, {"prompt": "a clock"}]),
         "prompts.txt": "a clock\na red square\n",
         "results/published/table.yaml": to_yaml(PUBLISHED),
-        "probe/gradients.jsonl": to_lines([ROW, {**ROW, "seed": 1}]),
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -288,6 +290,24 @@ def test_a_damaged_file_ends_in_a_message(
     monkeypatch.chdir(home)
     monkeypatch.setattr("runners.stop_files.PATIENCE", 0.01)
     attack(KINDS[name], home, valid, ablate, KINDS[name].number)
+
+
+def test_a_damaged_row_of_a_probe_ends_in_a_message(tmp_path: Path) -> None:
+    """Rows are read again by a probe that measures, which takes minutes: here by what it reads them with."""
+    path = tmp_path / "gradients.jsonl"
+
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @given(as_lines(to_lines([ROW, {**ROW, "seed": 1}]).encode()))
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            with at_most(SECONDS):
+                signal_to_noise(read_rows(tmp_path, GradientRow))
+        except InputError as error:
+            for line in str(error).splitlines():
+                assert re.match(rf"{re.escape(str(path))}:\d+: \S", line), line
+
+    read()
 
 
 @pytest.mark.exhaustive
