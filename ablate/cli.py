@@ -18,7 +18,7 @@ import typer
 
 from ablate.plugins import allow_plugins, trust
 from ablate.secrets import redacted
-from ablate.source import InputError, choices, counted
+from ablate.source import InputError, choices, counted, disk_problem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ RESULTS = Path("results")
 
 
 def main() -> None:
-    """Run a command; bad input is one line per problem and exit code 2."""
+    """Run a command; bad input, or a disk that does not do its part, is one line per problem and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it recommends torchvision, which must not be installed
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # processes of cells import nothing from the folder they start in
     try:
@@ -89,9 +89,13 @@ def main() -> None:
     except InputError as error:
         print(redacted(str(error)), file=sys.stderr)
         raise SystemExit(2) from None
-    except Exception:  # a mistake of ours
-        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
-        raise SystemExit(1) from None
+    except Exception as error:
+        problem = disk_problem(error) if isinstance(error, OSError) else None
+        if problem is None:  # a mistake of ours
+            print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+            raise SystemExit(1) from None
+        print(redacted(problem), file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @app.command()
@@ -402,13 +406,17 @@ def logs(
 ) -> None:
     """Print what a cell's processes have printed, and its traceback if it failed."""
     from runners.chosen import find_cell
-    from runners.logs import read_log
+    from runners.logs import read_log, why_empty
 
+    folder, length = find_cell(cell, results), 0
     try:
-        for text in read_log(find_cell(cell, results), lines=lines, follow=follow):
+        for text in read_log(folder, lines=lines, follow=follow):
             typer.echo(text, nl=False)
+            length += len(text)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    if not length:
+        typer.echo(f"{folder.name}: {why_empty(folder)}", err=True)
 
 
 @app.command()
@@ -461,21 +469,21 @@ def clean(
     results: Results = RESULTS,
 ) -> None:
     """Show what results no longer need, such as what `retry` has set aside; delete it with --yes."""
-    from ablate.record import read_json
+    from ablate.record import read_plan
     from runners.chosen import choose
     from runners.cleaning import leftovers, remove
 
     chosen = choose(what, results)
-    planned = {cell["id"] for cell in read_json(chosen.results / "plan.json")["cells"]}
+    planned = {cell.id for cell in read_plan(chosen.results).cells}
     found = leftovers(chosen.cells, [folder for folder in chosen.cells if strays and folder.name not in planned])
-    for leftover in found:
-        typer.echo(f"{leftover.size / 2**20:9.1f} MiB  {leftover.path} ({leftover.why})")
+    described = {one: f"{one.size / 2**20:9.1f} MiB  {one.path} ({one.why})" for one in found}
     if not found:
         typer.echo(f"{what}: nothing is left over")
-    elif not yes:
-        typer.echo("Nothing was deleted; --yes deletes these.")
-    elif left := remove(found):
-        typer.echo(f"{len(left)} of these stay, as their cells run now")
+    elif yes:
+        for one, deleted in remove(found):
+            typer.echo(f"{'deleted' if deleted else 'stays, as its cell runs now:'} {described[one]}")
+    else:
+        typer.echo("\n".join([*described.values(), "Nothing was deleted; --yes deletes these."]))
 
 
 @app.command()

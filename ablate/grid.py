@@ -15,6 +15,9 @@ from ablate.recipe import Strict, recipe_fields
 from ablate.secrets import refuse_secret_setting, refuse_secrets
 from ablate.source import InputError, Location, Source, choices, explain, merge, set_path, shown, validate
 
+BESIDE = re.compile(  # what results/ keeps beside the folders of grids
+    r"mlflow\.db(-\w+)?|mlruns|mlartifacts|published|.*-tune", re.IGNORECASE
+)
 PRESETS = (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "grids" / "recipes")  # of a wheel; of sources
 
 
@@ -89,11 +92,18 @@ class Grid:
     parts: tuple[Part, ...]  # one for `axes`, one for each of `cells`
 
 
-def _check(file: GridFile, source: Source) -> None:
-    """What the types cannot say. Raises InputError at the line."""
+def _check_name(file: GridFile, source: Source) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", file.name):
         allowed = "letters, digits, '_', '-' and '.', at most 100, the first a letter or digit, as it names a folder"
         raise source.error(("name",), f"got {shown(file.name)}. Allowed: {allowed}")
+    if BESIDE.fullmatch(file.name):
+        taken = "results/ keeps something else under this name, expected another"
+        raise source.error(("name",), f"got {shown(file.name)}: {taken}")
+
+
+def _check(file: GridFile, source: Source) -> None:
+    """What the types cannot say. Raises InputError at the line."""
+    _check_name(file, source)
     if bool(file.axes) == bool(file.cells):
         got = "both" if file.axes else "neither"
         raise source.error(("cells",) if file.cells else (), f"expected either axes or cells, got {got}")

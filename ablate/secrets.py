@@ -11,17 +11,29 @@ from collections.abc import Iterator
 
 from ablate.source import InputError, Location, Source, dotted
 
-NAMED = re.compile(r"(token|password|passwd|secret|api_?key|access_?key|credential|authorization)s?$", re.IGNORECASE)
+NAMED = re.compile(
+    r"(token|password|passwd|passphrase|secret|api_?key|access_?key|private_?key|credential|authorization)s?$",
+    re.IGNORECASE,
+)
+MAYBE_NAMED = re.compile(r"(^|_)(key|pat|auth|pass)$|_pwd$", re.IGNORECASE)  # PWD is where we are
+TOKEN = re.compile(r"(?=.*\d)\S{8,}")  # what a value with such a name is in a document, if it is a secret
 IN_URL = re.compile(r"(?<=://)[^/\s]+@|(?<=[?&])([\w-]*(?:token|passw|secret|key)\w*=)[^&\s]+", re.IGNORECASE)
 SHORTEST = 8  # characters of a value in the environment that is looked for in texts; shorter ones are in many words
 
 
 def redacted(text: str) -> str:
     """A text without passwords of URLs, and without the values of environment variables that are named as secrets."""
-    for name, value in os.environ.items():
-        if NAMED.search(name) and len(value) >= SHORTEST:
-            text = text.replace(value, "***")
+    for value in sorted(_secrets_of_environment(), key=len, reverse=True):  # one may begin as another does
+        word = rf"\b{value}\b" if value.isalpha() else re.escape(value)  # password `postgres` is not in postgresql://
+        text = re.sub(word, "***", text) if value in text else text
     return IN_URL.sub(lambda found: f"{found[1]}***" if found[1] else "***@", text)
+
+
+def _secrets_of_environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        named = len(value) >= SHORTEST and (NAMED.search(name) or MAYBE_NAMED.search(name))
+        if named and not ("/" in value and os.path.exists(os.path.expanduser(value))):  # where a key is, is none
+            yield value
 
 
 class _Redacting(io.TextIOWrapper):
@@ -50,7 +62,10 @@ def _open() -> Iterator[io.TextIOWrapper]:
 
 def is_secret(name: str, value: object) -> bool:
     """Whether a value is a secret by its name, or holds one."""
-    return isinstance(value, str) and bool((value and NAMED.search(name)) or redacted(value) != value)
+    if not isinstance(value, str) or not value:
+        return False
+    named = NAMED.search(name) or (MAYBE_NAMED.search(name) and TOKEN.fullmatch(value))
+    return bool(named) or redacted(value) != value
 
 
 def without_secrets(name: str, value: object) -> object:

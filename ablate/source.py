@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,8 @@ from ruamel.yaml.reader import ReaderError
 Location = tuple[int | str, ...]
 LONGEST = 2**20  # characters of a YAML file, which takes seconds to read
 MOST_VALUES = 100_000  # of a YAML file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # of a disk, whatever the file
+LONGEST_LIST, FEW = 1000, 3  # characters of the allowed words in a message; how many are named of a longer list
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -42,11 +45,15 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
 
 def choices(word: str, allowed: Iterable[str], listed: Iterable[str] | None = None) -> str:
     """What to say after an unknown word: `, did you mean 'x'? Allowed: x, y`. `listed` is shown in place of `allowed`
-    where those are too many."""
+    where those are too many; of thousands of names, such as the ids of cells, the nearest are."""
     allowed = list(allowed)
     match = nearest(word, allowed)
     hint = f", did you mean {match!r}?" if match else "."
-    return f"{hint} Allowed: {', '.join(allowed if listed is None else listed) or 'none'}"
+    names = allowed if listed is None else list(listed)
+    if len(text := ", ".join(names)) > LONGEST_LIST:
+        near = difflib.get_close_matches(word, names, n=FEW, cutoff=0.5) or names[:FEW]
+        text = f"{', '.join(near)} and {len(names) - len(near)} more"
+    return f"{hint} Allowed: {text or 'none'}"
 
 
 def shown(value: object) -> str:
@@ -182,6 +189,16 @@ def read_text(path: Path) -> str:
         ) from None
     except OSError as error:
         raise InputError(f"{_named(path)}: cannot be read: {error.strerror}") from None
+
+
+def disk_problem(error: OSError) -> str | None:
+    """File and reason of what a disk refuses; None for what is wrong with none, such as a connection that ends.
+
+    Writing to a file that is open does not say its name.
+    """
+    if isinstance(error.filename, str):
+        return f"{_named(Path(error.filename))}: {error.strerror}"
+    return f"a file cannot be written: {error.strerror}" if error.errno in FULL else None
 
 
 def _named(path: Path) -> str:

@@ -11,11 +11,13 @@ from ablate.attempts import read_attempts
 from ablate.lock import is_locked
 from ablate.metric_ends import Ends, read_ends
 from ablate.plan import Cell
-from ablate.record import Ledger, Record, Status, last_record, read_cell, read_json
+from ablate.record import Ledger, Record, Status, last_record, read_cell, read_plan
 from ablate.source import InputError
 
 DAMAGED = "damaged"
 REMEMBERED = 1 << 15  # files whose content is kept, a few hundred bytes each
+
+FAILED = (Status.FAILED, Status.REWARD_UNAVAILABLE, Status.DIVERGED)
 
 Stamp = tuple[int, int, int] | None  # what changes with a file: inode, time of change in ns, bytes; None for no file
 
@@ -27,7 +29,7 @@ class CellState:
     cell: Cell
     status: str  # a Status, `running`, `waiting` or `damaged`
     failure: str | None = None  # the kind of the last failure, of an attempt before this one too
-    message: str = ""  # the last line of the last error
+    message: str = ""  # the last line of the last error; of a cell that was stopped or paused, why
     epoch: int = 0
     device_hours: float = 0.0
     lost_device_hours: float = 0.0  # of work that had to be done again
@@ -46,7 +48,7 @@ class CellState:
     @property
     def failed(self) -> bool:
         """Whether the cell has ended otherwise than it should."""
-        return self.status in (Status.FAILED, Status.REWARD_UNAVAILABLE, Status.DIVERGED, DAMAGED)
+        return self.status in (*FAILED, DAMAGED)
 
     def to_json(self) -> dict[str, Any]:
         """What scripts read: `ablate status --json`."""
@@ -76,11 +78,12 @@ def _state_of(results: Path, cell: Cell) -> CellState:
     fractions = [spent / limit for spent, limit in ((epoch, budget.epochs), (hours, budget.device_hours)) if limit]
     fraction = 1.0 if record and record.status.final else min(1.0, max(fractions, default=0.0))
     cost = record.cost if record else Ledger.of_line(ends.last)
+    failed = last is not None and last.status in FAILED
     return CellState(
         cell=cell,
         status=status,
-        failure=str(last.failure) if last and last.failure else None,
-        message=last.message if last else "",
+        failure=str(last.failure or last.status) if last and failed else None,
+        message=last.message if last and (record or failed) else "",
         epoch=epoch,
         device_hours=hours,
         lost_device_hours=cost.lost / 3600,
@@ -94,10 +97,12 @@ def _state_of(results: Path, cell: Cell) -> CellState:
 
 
 def planned_cells(results: Path) -> list[Cell]:
-    """The cells of a results folder by its plan. Raises InputError if it is none, or lacks the folder of a cell."""
+    """The cells of a results folder by its plan. Raises InputError if it is none, its plan is damaged, or a cell has no
+    folder.
+    """
     if not (results / "plan.json").exists():
         raise InputError(f"{results}: not a results folder, it has no plan.json; `ablate run GRID` writes one")
-    return [read_cell(results / cell["id"]) for cell in read_json(results / "plan.json")["cells"]]
+    return [read_cell(results / cell.id) for cell in read_plan(results).cells]
 
 
 def _left(cost: Ledger, fraction: float, processes: int) -> float | None:

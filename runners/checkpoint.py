@@ -13,11 +13,12 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 
 from ablate.record import Ledger
 from ablate.source import InputError
@@ -26,18 +27,22 @@ from runners.policy import SD3Policy
 NEWEST_FIRST = ("state.pt", "before.pt")
 KEYS = {"epoch", "update", "metrics_bytes", "target_reached", "cost", "pending", "policy", "optimizer", "scaler"}
 DIGEST_BYTES = hashlib.sha256().digest_size
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(kw_only=True)
 class Progress:
     """Where a cell stands. All its randomness derives from the seed and these counters."""
 
-    epoch: int = 0
-    update: int = 0
-    metrics_bytes: int = 0  # length of metrics.jsonl at this point
+    epoch: Count = 0
+    update: Count = 0
+    metrics_bytes: Count = 0  # length of metrics.jsonl at this point
     target_reached: bool = False  # of the last evaluation
     cost: Ledger = field(default_factory=Ledger)
     pending: dict[str, float] = field(default_factory=dict)  # metrics of an epoch whose evaluation had no rewards
+
+
+_PROGRESS = TypeAdapter(Progress)
 
 
 def save(
@@ -74,24 +79,21 @@ def restore(
 ) -> Progress | None:
     """Continue from the newest intact checkpoint of a cell; None where there is none. Damaged ones are named.
 
-    One whose epochs metrics.jsonl does not have, as its end was lost, does not count: they are trained again.
+    One whose epochs metrics.jsonl does not have, as its end was lost, does not count: they are trained again. Raises
+    InputError for the tensors of another model.
     """
     metrics = folder / "metrics.jsonl"
     length = metrics.stat().st_size if metrics.exists() else 0
     state = _intact([folder / "checkpoint" / name for name in NEWEST_FIRST], policy.device, length)
     if state is None:
         return None
-    policy.load_state(state["policy"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return Progress(
-        epoch=state["epoch"],
-        update=state["update"],
-        metrics_bytes=state["metrics_bytes"],
-        target_reached=state["target_reached"],
-        cost=Ledger(**state["cost"]),
-        pending=state["pending"],
-    )
+    try:
+        policy.load_state(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{folder / 'checkpoint'}: is of another model: {error}") from None
+    return _progress(state)
 
 
 def read_newest(path: Path, device: torch.device) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def _intact(files: Sequence[Path], device: torch.device, length: float = math.in
             state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
             if not isinstance(state, dict) or not state.keys() >= KEYS:
                 raise ValueError("not the state of a cell")
-            beyond = state["metrics_bytes"] > length
+            beyond = _progress(state).metrics_bytes > length
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # whatever has become of it, the one before may do
@@ -127,6 +129,11 @@ def _intact(files: Sequence[Path], device: torch.device, length: float = math.in
             continue
         return state
     return None
+
+
+def _progress(state: dict[str, Any]) -> Progress:
+    """Raises ValueError where a value is none that `save` writes."""
+    return _PROGRESS.validate_python({field.name: state[field.name] for field in fields(Progress)})
 
 
 def _check_digest(path: Path) -> None:

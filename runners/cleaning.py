@@ -52,18 +52,17 @@ def _of_cell(folder: Path) -> Iterator[Leftover]:
     return (Leftover(path, why, folder) for path, why in reasons.items())
 
 
-def remove(found: Sequence[Leftover]) -> list[Leftover]:
-    """Delete them; those that were left, as a process has started to run their cell."""
-    left = []
+def remove(found: Sequence[Leftover]) -> Iterator[tuple[Leftover, bool]]:
+    """Delete them one by one; each, and whether it is gone: not where a process has started to run its cell."""
     for cell, own in groupby(found, key=lambda leftover: leftover.cell):
         every = list(own)
         try:
             with lock(cell):
                 for leftover in every:
                     _delete(leftover.path)
+                    yield leftover, True
         except Taken:
-            left += every
-    return left
+            yield from ((leftover, False) for leftover in every)
 
 
 def _delete(path: Path) -> None:

@@ -78,7 +78,7 @@ def live_table(
     """
     ordered = sorted(states, key=_rank)
     failed = sum(state.failed for state in states)
-    errors = [state for state in ordered if state.message and state.status != "done"]
+    errors = [state for state in ordered if state.message and state.status not in ("done", "paused")]
     if height is not None:
         errors = errors[: max(1, height // 2 - 1)]
         rows = max(1, height - len(errors) - 3)
@@ -90,8 +90,9 @@ def live_table(
     return Group(_fitting(_columns(listed), console.width), *lines, _summary(states, len(states) - len(listed)))
 
 
-_STYLES = {"done": "green", "running": "cyan", "interrupted": "yellow", "waiting": "dim"}
-_RANKS = {"running": 1, "interrupted": 2, "done": 3, "waiting": 4}
+_STYLES = {"running": "cyan", "interrupted": "yellow", "paused": "yellow", "waiting": "dim"}
+_STYLES |= {"done": "green", "stopped": "green"}
+_RANKS = {"running": 1, "interrupted": 2, "paused": 3, "stopped": 4, "done": 5, "waiting": 6}
 _DROPPED = ("", "attempts", "reward", "hours", "left")  # columns, the first of which is dropped first
 
 
@@ -136,8 +137,10 @@ def _width(value: Text | ProgressBar) -> int:
 
 
 def _error(state: CellState, *, whole: bool) -> Text:
-    """The last error of a cell in one line, which may be folded if it is to be shown as a `whole`."""
-    before = "" if state.failed else "earlier, "  # it has been started again, or will be
+    """The last error of a cell, or why it was stopped, in one line, which may be folded if it is to be shown as a
+    `whole`.
+    """
+    before = "earlier, " if state.failure and not state.failed else ""  # it has been started again, or will be
     text = f"{state.cell.id} {before}{state.failure or state.status}: {state.message}"
     style = "red" if state.failed else "yellow"
     return Text(text, style=style, no_wrap=not whole, overflow="fold" if whole else "ellipsis")

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from ablate.attempts import read_attempts
 from ablate.lock import is_locked
 from ablate.record import read_record
 
@@ -38,6 +39,13 @@ def read_log(folder: Path, *, lines: int | None = None, follow: bool = False) ->
     traceback = folder / "traceback.txt"
     if traceback.exists():
         yield traceback.read_text(encoding="utf-8", errors="replace")
+
+
+def why_empty(folder: Path) -> str:
+    """What to say of a cell whose log has no text."""
+    if not read_attempts(folder):
+        return "has not been started"
+    return "has printed nothing" if (folder / "log.txt").exists() else "has no log: it printed where it was started"
 
 
 def _start_of_last(path: Path, lines: int) -> int:

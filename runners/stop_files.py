@@ -14,16 +14,25 @@ from typing import Any
 
 from ablate.lock import is_locked, owner
 from ablate.record import write_atomic
+from ablate.source import InputError
 
 NAME = ".stop"
+PATIENCE = 5.0  # seconds that who takes a lock has to write who it is
 
 
 def ask_cell(folder: Path) -> dict[str, Any] | None:
-    """Ask the process that runs a cell to save itself and end, after its epoch; who that is, None if nobody runs it."""
+    """Ask the process that runs a cell to save itself and end, after its epoch; who that is, None if nobody runs it.
+
+    Raises InputError where the lock does not say.
+    """
+    end = time.monotonic() + PATIENCE
     while is_locked(folder):
-        if token := owner(folder).get("token"):
-            write_atomic(folder / NAME, token)
-            return owner(folder)
+        found = owner(folder)
+        if all(str(found.get(key, "\n")).isprintable() for key in ("host", "pid", "token")):
+            write_atomic(folder / NAME, str(found["token"]))
+            return found
+        if time.monotonic() > end:
+            raise InputError(f"{folder / '.lock'}: does not say which process has the cell; end it where it runs")
         time.sleep(0.05)  # it has the lock, and is about to write who it is
     return None
 
@@ -47,6 +56,6 @@ def launcher_requests(results: Path) -> Callable[[], bool]:
 
 def _read(folder: Path) -> str | None:
     try:
-        return (folder / NAME).read_text(encoding="ascii")
+        return (folder / NAME).read_text(encoding="utf-8", errors="replace")  # somebody else's word asks nobody
     except FileNotFoundError:
         return None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
 
 Path = tuple[Any, ...]
@@ -16,7 +19,8 @@ HOSTILE = st.one_of(
         [
             *(None, True, False, 0, -1, 1, 3, 10**12, 10**30, -(10**400), 0.5, 1e308, 5e-324),
             *(float("nan"), float("inf"), -float("inf")),
-            *("", "x", "x" * 5000, "../../etc", "/", "\x00", "[/red]", "os:system", "1", "nan", "a\nb", "\ud7ff", "é"),
+            *("", "x", "x" * 5000, "../../etc", "/", "\x00", "[/red]", "os:system", "1", "nan", "a\nb"),
+            *("\ud7ff", "\ud800", "é"),
             *([], {}, [[]], [None], {"": 1}, {"name": 1}, {"a": {"b": []}}, {"name": "os:system", "x": 1}),
             json.loads("[" * 500 + "]" * 500),
         ]
@@ -48,6 +52,25 @@ def damaged(valid: str, parse: Callable[[str], Any], dump: Callable[[Any], str])
         _edited(valid.encode()),
         st.binary(max_size=60),
     )
+
+
+def damaged_checkpoint(valid: bytes) -> st.SearchStrategy[bytes]:
+    """Nearly a checkpoint: with places overwritten or cut off, or other values; with the digest of that or not."""
+    size = hashlib.sha256().digest_size
+    state = torch.load(io.BytesIO(valid[:-size]), weights_only=True)
+
+    def saved(change: tuple[str, Path, Any]) -> bytes:
+        torch.save(_applied(state, [change]), file := io.BytesIO())
+        return file.getvalue()
+
+    changed = _changes(state).map(saved)
+    signed = st.one_of(_edited(valid[:-size]), changed, changed)
+    return st.one_of(signed.map(lambda content: content + hashlib.sha256(content).digest()), _edited(valid))
+
+
+def damaged_text(valid: str) -> st.SearchStrategy[bytes]:
+    """Nearly a text without any form."""
+    return st.one_of(_edited(valid.encode()), st.binary(max_size=60))
 
 
 def _changes(document: Any) -> st.SearchStrategy[tuple[str, Path, Any]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from commands import Command
+from scale import write_grid
 
 from ablate.grid import load_grid
 from ablate.plan import make_plan
@@ -223,6 +227,87 @@ def test_results_of_another_version_are_not_written_over(ablate: Command, result
     assert (code, len(err.splitlines())) == (2, 1)
     assert "results of format 7" in err
     assert (results / "plan.json").read_text() == '{"format": 7}'
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('{"format": 1}', "plan.json:1: cannot be read: grid: Field required"),
+        ('{"format": 1, "grid": "tiny", "cells": 5}', "plan.json:1: cannot be read: cells: "),
+        ('{"format": 1, "grid": "tiny", "cells": [{"id": 3}]}', "plan.json:1: cannot be read: cells.0.id: "),
+        ('{"format": 1, "grid": "tiny", "cells": [{"id": "../../x"}]}', "plan.json:1: cannot be read: cells.0.id: "),
+    ],
+)
+@pytest.mark.parametrize("command", ["status", "clean"])
+def test_a_plan_that_says_something_else_is_one_line(
+    ablate: Command, results: Path, command: str, content: str, part: str
+) -> None:
+    (results / "plan.json").write_text(content)
+    code, out, err = ablate(command, results)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert part in err
+
+
+# a disk that does not do its part
+
+
+def test_a_full_disk_is_one_line(ablate: Command, results: Path) -> None:
+    (results / f"..stop.{os.getpid()}").symlink_to("/dev/full")  # where a request is written first
+    code, out, err = ablate("stop", results)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "No space left on device" in err
+
+
+@pytest.mark.parametrize("command", ["stop", "retry", "report"])
+def test_what_cannot_be_written_is_one_line(ablate: Command, results: Path, command: str) -> None:
+    """Folders where files belong stand in for a disk that is read-only, which stops nobody who is root."""
+    (path,) = results.glob("*/record.json")
+    path.write_text(Record(id=path.parent.name, status=Status.FAILED, seed=0).model_dump_json())
+    for folder in (results / ".stop" / "x", path.parent / ".lock", results / "report" / "table.csv"):
+        folder.mkdir(parents=True)
+    code, _, err = ablate(command, results)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert re.match(rf"{re.escape(str(results))}/\S+: .*Is a directory", err)
+
+
+def test_what_cannot_be_deleted_is_one_line(ablate: Command, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = results.glob("*/record.json")
+    (kept := path.with_name("damaged-record.json")).touch()
+    refused = PermissionError(errno.EACCES, "Permission denied", str(kept))
+    monkeypatch.setattr("runners.cleaning._delete", mock.Mock(side_effect=refused))
+    assert ablate("clean", results, "--yes") == (2, "", f"{kept}: Permission denied\n")
+
+
+def test_an_error_of_no_file_is_a_mistake_of_ours(
+    ablate: Command, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runners.stop_files.ask_launchers", mock.Mock(side_effect=ConnectionResetError(104, "reset")))
+    code, _, err = ablate("stop", results)
+    assert (code, err.splitlines()[-1]) == (1, "ConnectionResetError: [Errno 104] reset")
+
+
+# names among a thousand
+
+
+def test_a_misspelt_cell_of_a_thousand_is_named_with_the_nearest(ablate: Command, tmp_path: Path) -> None:
+    grid = write_grid(tmp_path, 1000)
+    loaded = load_grid(grid)
+    planned = make_plan(loaded, identify)
+    freeze(tmp_path / "synthetic", planned, loaded.source.text)
+    for cell in planned.cells[:200]:
+        (tmp_path / "synthetic" / cell.id / "weights").mkdir()
+        record = Record(id=cell.id, status=Status.DONE, seed=cell.seed)
+        (tmp_path / "synthetic" / cell.id / "record.json").write_text(record.model_dump_json())
+    meant = planned.cells[7].id
+    wrong = meant[:-1] + "~"
+    for words in (
+        ["plan", grid, "--only", f"id={wrong}"],
+        ["eval", tmp_path / "synthetic", "--cell", wrong],
+        ["logs", wrong, "--results", tmp_path],
+    ):
+        code, _, err = ablate(*words)
+        assert (code, f"did you mean {meant!r}?" in err) == (2, True)
+        assert len(err) < 600
 
 
 def test_results_in_the_place_of_a_file(ablate: Command, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ablate.grid import load_grid
 from ablate.plan import Cell, make_plan
 from ablate.plugins import import_plugin, trust
 from ablate.record import Record, Status, read_cell, read_plan
-from ablate.secrets import redacted
+from ablate.secrets import is_secret, redacted
 from ablate.source import InputError
 from runners import checkpoint
 from runners.identity import identify
@@ -310,6 +310,52 @@ def test_a_token_that_a_reward_prints_logs_and_raises_is_in_no_file(home: Path) 
     assert results / "mlflow.db" in written
     assert [path for path in written if WORD.encode() in path.read_bytes()] == []
     assert WORD not in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["OPENAI_KEY", "MY_AUTH", "GITHUB_PAT", "AZURE_STORAGE_KEY", "DB_PASS", "SMTP_PWD", "KEY", "GPG_PASSPHRASE"]
+)
+def test_variables_with_common_names_of_secrets_are_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, WORD)
+    assert redacted(f"401 for x{WORD}") == "401 for x***"
+
+
+def test_ordinary_variables_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (key := tmp_path / "id_ed25519").touch()
+    monkeypatch.setenv("SSH_KEY", str(key))
+    monkeypatch.setenv("PWD", "/work/somewhere")
+    monkeypatch.setenv("SSH_AUTH_SOCK", "/run/agent.socket")
+    monkeypatch.setenv("MONKEY", "banana-banana")
+    monkeypatch.setenv("COMPAT", "windows-1252")
+    monkeypatch.setenv("BYPASS", "localhost,example")
+    monkeypatch.setenv("HAS_KEY", "1")
+    monkeypatch.setenv("USE_AUTH", "enabled")
+    text = f"1 {key} /work/somewhere /run/agent.socket banana-banana windows-1252 localhost,example enabled"
+    assert redacted(text) == text
+
+
+def test_a_password_that_is_a_word_is_hidden_as_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
+    assert redacted("postgresql://host refused postgres") == "postgresql://host refused ***"
+
+
+def test_a_secret_that_begins_as_another_one_is_hidden_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_TOKEN", WORD)
+    monkeypatch.setenv("B_TOKEN", f"{WORD}-more")
+    assert redacted(f"{WORD}-more") == "***"
+
+
+@pytest.mark.parametrize(("name", "value", "secret"), [
+    ("openai_key", WORD, True),
+    ("hf_pat", "hf_Abc123defg", True),
+    ("passphrase", "correct horse", True),
+    ("sort_key", "brightness", False),
+    ("key", "short1", False),
+    ("pattern", "stripes-1234", False),
+    ("second_pass", "", False),
+])  # fmt: skip
+def test_keys_of_a_document_are_secrets_if_their_values_look_so(name: str, value: str, secret: bool) -> None:
+    assert is_secret(name, value) == secret
 
 
 def test_reasons_of_images_without_a_score_hold_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

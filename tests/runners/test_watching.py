@@ -113,6 +113,33 @@ def test_a_cell_that_starts_again_shows_its_last_error_until_it_ends(folder: Pat
     assert "out_of_memory" not in shown([state_of(folder, FIRST)])
 
 
+def test_a_cell_whose_reward_was_away_shows_that_as_its_last_failure(folder: Path) -> None:
+    own = end(folder, FIRST, Status.REWARD_UNAVAILABLE, "https://judge: no answer")
+    assert f"{FIRST.id} reward_unavailable: https://judge: no answer" in shown([state_of(folder, FIRST)])
+    with lock(own):
+        begin(own, Attempt(started=3.0, host="node"))
+        text = shown([state_of(folder, FIRST)])
+    assert f"{FIRST.id} earlier, reward_unavailable: https://judge: no answer" in text
+
+
+def test_a_stopped_cell_says_why_and_a_paused_one_is_no_error(folder: Path) -> None:
+    end(folder, FIRST, Status.STOPPED, "successive halving: place 3 of 4; 2 went on")
+    own = end(folder, SECOND, Status.PAUSED, "paused after 0.25 of its budget")
+    text = shown([state_of(folder, cell) for cell in (FIRST, SECOND)])
+    assert f"{FIRST.id} stopped: successive halving: place 3 of 4; 2 went on" in text
+    assert "earlier" not in text
+    assert text.count(SECOND.id) == 1  # its row
+    assert text.splitlines()[-1].startswith("2 cells: 1 paused, 1 stopped;")
+    with lock(own):  # it goes on
+        begin(own, Attempt(started=3.0, host="node"))
+        assert state_of(folder, SECOND).message == ""
+
+
+def test_cells_that_halving_has_stopped_come_after_those_that_failed(folder: Path) -> None:
+    rows = [line.split()[0] for line in shown(many(stopped=1, paused=1, running=1, failed=1)).splitlines()]
+    assert rows[1:5] == ["failed-0", "running-0", "paused-0", "stopped-0"]
+
+
 def test_a_changed_file_is_read_again(folder: Path) -> None:
     for epochs in (1, 2, 5):
         log_epochs(folder, FIRST, epochs)
@@ -275,8 +302,13 @@ def test_a_log_is_printed_whole_or_from_its_last_lines(folder: Path, ablate: Com
     assert ablate(*words, "--lines", 99)[1].startswith("one\n")
 
 
-def test_a_cell_without_a_log_has_printed_nothing(folder: Path, ablate: Command) -> None:
-    assert ablate("logs", folder / FIRST.id) == (0, "", "")
+def test_of_a_cell_without_a_log_it_is_said_why(folder: Path, ablate: Command) -> None:
+    own = folder / FIRST.id
+    assert ablate("logs", own) == (0, "", f"{FIRST.id}: has not been started\n")
+    end(folder, FIRST, Status.DONE)  # in the process of whoever started it
+    assert ablate("logs", own) == (0, "", f"{FIRST.id}: has no log: it printed where it was started\n")
+    (own / "log.txt").touch()
+    assert ablate("logs", own) == (0, "", f"{FIRST.id}: has printed nothing\n")
 
 
 def test_a_log_is_followed_until_its_cell_has_ended(folder: Path) -> None:
@@ -422,11 +454,26 @@ def test_what_is_left_over_is_shown_and_only_then_deleted(folder: Path, ablate: 
     assert f"1.0 MiB  {done / 'checkpoint'} (the cell is finished)" in out
     assert "Nothing was deleted" in out.splitlines()[-1]
     assert all(path.exists() for path in gone)
-    assert ablate("clean", folder, "--yes")[0] == 0
+    code, out, _ = ablate("clean", folder, "--yes")
+    assert code == 0
+    assert all(line.startswith("deleted ") for line in out.splitlines())
+    assert sorted(line.split(" (")[0].split()[-1] for line in out.splitlines()) == sorted(map(str, gone))
+    assert f"1.0 MiB  {done / 'checkpoint'} (the cell is finished)" in out
     assert not any(path.exists() for path in gone)
     assert (failed / "checkpoint" / "state").exists()  # it goes on from there
     assert read_record(done) is not None
     assert ablate("clean", folder)[1] == f"{folder}: nothing is left over\n"
+
+
+def test_what_stays_as_its_cell_has_started_meanwhile_is_said(
+    folder: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = folder / FIRST.id / "damaged-record.json"
+    damaged.write_text("{")
+    monkeypatch.setattr("runners.cleaning.is_locked", lambda _: False)  # when it was looked for
+    with lock(folder / FIRST.id):
+        code, out, _ = ablate("clean", folder, "--yes")
+    assert (code, out.startswith("stays, as its cell runs now:"), damaged.exists()) == (0, True, True)
 
 
 def test_cells_of_other_settings_go_only_when_asked_for(folder: Path, ablate: Command) -> None:
