@@ -25,8 +25,9 @@ from ablate.record import Failure, Record, Status, read_cell, write_atomic
 from ablate.source import InputError, shown
 from runners.cell import finished
 from runners.closing import Before, close, note_lost_node
-from runners.launchers.processes import environments, fair_threads, processes_of, start
+from runners.launchers.processes import CellProcesses, environments, fair_threads, processes_of, start
 from runners.launchers.protocol import Ended, Job
+from runners.stop_files import ask_cell
 from runners.stopping import stop_requests
 
 ARRAY = 1000  # jobs of one array; SLURM's MaxArraySize is 1001 unless a site has changed it
@@ -126,8 +127,8 @@ class SlurmTask:
     def __call__(self, folder: str, word: str) -> None:
         """The processes of a cell until they have ended; how, is written to the file `word`.
 
-        SLURM's signals reach these too, but they may not listen yet, so requests are passed on. If the cell has then
-        saved itself, its job goes back into the queue without a word.
+        Requests are passed on, as SLURM's signals reach the processes of some sites alone, and not before they listen.
+        If the cell has then saved itself, its job goes back into the queue without a word.
         """
         with stop_requests() as requests:  # in place of submitit's handlers
             self._run(Path(folder), Path(word), requests)
@@ -144,11 +145,12 @@ class SlurmTask:
         while (ended := cell.poll()) is None:
             if len(requests) > heard:
                 heard = len(requests)
-                cell.cancel()
+                _ask(folder, cell, again=heard > 1)
             time.sleep(0.2)
         stopped = _request(word).exists()
-        record = _close(folder, ended, before, stopped=stopped or heard > 0)
-        if record and record.status is Status.INTERRUPTED and heard and not stopped and _goes_on(folder, word, record):
+        record = _close(folder, ended, before, stopped=stopped or bool(requests))
+        by_slurm = bool(requests) and not stopped
+        if by_slurm and record and record.status is Status.INTERRUPTED and _goes_on(folder, word, record):
             return
         write_atomic(word, json.dumps({"code": ended.code, "rank": ended.rank, "size": ended.size}))
 
@@ -241,6 +243,14 @@ def _positive(name: str, value: object, unit: str) -> int:
     if type(value) is not int or value <= 0:
         raise InputError(f"--launcher-set {name}: got {shown(value)}, expected a whole number of {unit}, 1 at least")
     return value
+
+
+def _ask(folder: Path, cell: CellProcesses, *, again: bool) -> None:
+    """Ask a cell to save itself: by its file first, as a second signal might end it while it writes its record."""
+    with suppress(OSError):
+        if not again and ask_cell(folder):
+            return
+    cell.cancel()  # it has not begun, or is to end at once
 
 
 def _note_start(folder: Path, word: Path) -> None:
