@@ -149,9 +149,13 @@ class SlurmTask:
             time.sleep(0.2)
         stopped = _request(word).exists()
         record = _close(folder, ended, before, stopped=stopped or bool(requests))
-        by_slurm = bool(requests) and not stopped
-        if by_slurm and record and record.status is Status.INTERRUPTED and _goes_on(folder, word, record):
-            return
+        by_slurm = bool(requests) and not stopped and _still_runs()
+        if by_slurm and record and record.status is Status.INTERRUPTED:
+            if _is_fruitless(folder, word):
+                _give_up(folder, record)
+                ended = Ended(code=2)  # not killed: its input has to change
+            elif _requeue():
+                return
         write_atomic(word, json.dumps({"code": ended.code, "rank": ended.rank, "size": ended.size}))
 
 
@@ -278,21 +282,25 @@ def _close(folder: Path, ended: Ended, before: Before, *, stopped: bool) -> Reco
         return None
 
 
-def _goes_on(folder: Path, word: Path, record: Record) -> bool:
-    """Put this job back into the queue, as SLURM, and not who called scancel, has asked its cell to save itself.
+def _this_job() -> str:
+    """Its id with its place in the array, whose own id one of its jobs has too."""
+    return str(_submitit().JobEnvironment().job_id)
 
-    Whether it is there. One that gets nowhere has failed.
-    """
-    job = _submitit().JobEnvironment().job_id  # with its place in the array, whose own id one of its jobs has too
+
+def _still_runs() -> bool:
+    """Whether SLURM, and not who called scancel, has asked this job to end."""
     try:
-        if _command("squeue", "--noheader", "--format=%T", f"--jobs={job}").strip() != "RUNNING":
-            return False
-        if _is_fruitless(folder, word):
-            _give_up(folder, record)
-            return False
-        _command("scontrol", "requeue", job)
+        return _command("squeue", "--noheader", "--format=%T", f"--jobs={_this_job()}").strip() == "RUNNING"
+    except OSError:
+        return False
+
+
+def _requeue() -> bool:
+    """Put this job back into the queue; whether it is there."""
+    try:
+        _command("scontrol", "requeue", _this_job())
     except OSError as error:
-        print(f"{job} cannot go back into the queue: {error}", file=sys.stderr)
+        print(f"The job cannot go back into the queue: {error}", file=sys.stderr)
         return False
     return True
 

@@ -56,17 +56,6 @@ def cluster(tmp_path: Path) -> Iterator[SlurmCluster]:
         subprocess.run(["scancel", "--me"], env=cluster.environment, check=False)
 
 
-def run_at_once(cluster: SlurmCluster) -> None:
-    """SLURM leaves a job that was requeued in the queue for two minutes."""
-    for job in cluster.ask("squeue", "--me", "--noheader", "--array", "--states=PENDING", "--format=%i").split():
-        subprocess.run(
-            ["scontrol", "update", f"JobId={job}", "StartTime=now"],
-            env=cluster.environment,
-            check=False,
-            capture_output=True,
-        )
-
-
 @pytest.fixture
 def submit(cluster: SlurmCluster, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Job]]:
     """Hand cells to a launcher of their own, as one that is started anew has them."""
@@ -82,9 +71,9 @@ def submit(cluster: SlurmCluster, folders: list[Path], monkeypatch: pytest.Monke
     return submit
 
 
-def ending(cluster: SlurmCluster, job: Job, seconds: float = 240) -> Ended:
+def ending(job: Job) -> Ended:
     """How a job has ended, however often it goes back into the queue."""
-    assert wait_until(lambda: run_at_once(cluster) or job.poll(), seconds, 0.2)
+    assert wait_until(job.poll, 180, 0.2)
     ended = job.poll()
     assert ended is not None
     return ended
@@ -114,7 +103,7 @@ def test_a_grid_outlives_its_time_limit_a_preemption_and_a_node(cluster: SlurmCl
 
         def reach(folder: Path, attempt: int) -> str:
             """Wait until a cell has an epoch behind it in this attempt; where it runs."""
-            assert wait_until(lambda: run_at_once(cluster) or len(read_attempts(folder)) >= attempt, 180, 0.2)
+            assert wait_until(lambda: len(read_attempts(folder)) >= attempt, 180, 0.2)
             lines = len(read_metrics(folder))
             assert wait_until(lambda: len(read_metrics(folder)) > max(lines, 1) or launcher.poll() is not None, 180)
             (job,) = (
@@ -130,7 +119,7 @@ def test_a_grid_outlives_its_time_limit_a_preemption_and_a_node(cluster: SlurmCl
         cluster.ask("scancel", "--signal=TERM", job)  # as SLURM announces a preemption
         node = reach(first, 2).split()[1]
         cluster.lose(node)
-        assert wait_until(lambda: run_at_once(cluster) or launcher.poll() is not None, 300, 0.2)
+        assert wait_until(lambda: launcher.poll() is not None, 300, 0.2)
         assert launcher.returncode == 0, (tmp_path / "log.txt").read_text()
     finally:
         launcher.kill()
@@ -175,7 +164,7 @@ def test_a_time_limit_ends_no_cell(
     assert wait_until(lambda: read_record(folder), 120, 0.2)
     epochs = read_metrics(folder)[-1]["epoch"] + 2
     folder_of(PLAN.cells[0], folder, budget=BudgetRecipe(epochs=epochs))  # it has waited long enough
-    assert closed(folder, ending(cluster, job), before).status is Status.DONE
+    assert closed(folder, ending(job), before).status is Status.DONE
     assert [attempt.status for attempt in read_attempts(folder)] == [Status.INTERRUPTED, Status.DONE]
     assert [line["epoch"] for line in read_metrics(folder)] == list(range(epochs + 1))
 
@@ -190,14 +179,13 @@ def test_a_job_that_gets_nowhere_fails_and_says_what_to_change(
     (job,) = submit(folder)
 
     def starts() -> int:
-        run_at_once(cluster)
         return sum(len(path.read_text().split()) for path in (folder.parent / "slurm").glob("*.starts"))
 
     for start in range(3):
         assert wait_until(lambda start=start: starts() > start, 60, 0.1)
         assert len(read_attempts(folder)) == start
         cluster.ask("scancel", "--signal=USR2", job.id)
-    record = closed(folder, ending(cluster, job), before)
+    record = closed(folder, ending(job), before)
     assert (record.status, record.failure, record.attempts) == (Status.FAILED, Failure.BAD_CONFIG, 3)
     assert "--launcher-set time=MINUTES" in record.message
     assert [attempt.status for attempt in read_attempts(folder)] == [*[Status.INTERRUPTED] * 2, Status.FAILED]
@@ -220,7 +208,7 @@ def test_a_job_that_ends_before_it_listens_is_an_attempt(
 
     assert wait_until(lambda: f"{job.id}.0" in cluster.ask("squeue", "--steps", "--noheader", "--format=%i"), 60, 0.01)
     assert wait_until(has_ended, 60, 0.01)
-    record = closed(folder, ending(cluster, job), before)
+    record = closed(folder, ending(job), before)
     assert (record.status, record.failure, record.attempts) == (Status.FAILED, Failure.NODE_LOST, 1)
     assert "has left the queue without a word (FAILED)" in record.message
 
