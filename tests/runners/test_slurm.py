@@ -26,6 +26,7 @@ from runners.identity import identify
 from runners.launchers import make_launcher, slurm
 from runners.launchers.protocol import Ended, Job
 from runners.launchers.slurm import Queue, SlurmJob
+from runners.stop_files import ask_cell
 from runners.sweep import freeze
 
 GRID = Path(__file__).parents[2] / "grids" / "quickstart.yaml"
@@ -57,12 +58,14 @@ def cluster(tmp_path: Path) -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture
-def submit(cluster: SlurmCluster, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Job]]:
+def submit(
+    cluster: SlurmCluster, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[SlurmJob]]:
     """Hand cells to a launcher of their own, as one that is started anew has them."""
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
 
-    def submit(*which: Path, **settings: Any) -> list[Job]:
+    def submit(*which: Path, **settings: Any) -> list[SlurmJob]:
         launcher = make_launcher(
             "slurm", folders[0].parent, workers=None, devices=1, settings={"time": 30, **settings}, attempts=1
         )
@@ -138,7 +141,7 @@ def test_a_grid_outlives_its_time_limit_a_preemption_and_a_node(cluster: SlurmCl
 
 @pytest.mark.slurm
 def test_a_job_whose_launcher_was_killed_is_kept(
-    cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[Job]]
+    cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[SlurmJob]]
 ) -> None:
     cluster.ask("scontrol", "update", "PartitionName=all", "State=DOWN")  # all jobs wait
     first, second = folders
@@ -148,13 +151,13 @@ def test_a_job_whose_launcher_was_killed_is_kept(
     assert [job.id for job in submit(*folders)] == [left.id, both[0].id]
     queued = cluster.ask("squeue", "--me", "--noheader", "--array", "--format=%i").split()
     assert sorted(queued) == sorted([left.id, both[0].id])
-    left.cancel()
+    slurm._request(left.word).touch()  # its launcher was killed while it waited for jobs to end
     assert submit(first)[0].id not in queued
 
 
 @pytest.mark.slurm
 def test_a_time_limit_ends_no_cell(
-    cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[Job]], monkeypatch: pytest.MonkeyPatch
+    cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[SlurmJob]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SLURM's shortest one, announced 30 to 60 seconds after the start."""
     monkeypatch.setattr(slurm, "_check_limit", lambda *_: None)
@@ -170,8 +173,22 @@ def test_a_time_limit_ends_no_cell(
 
 
 @pytest.mark.slurm
+def test_the_job_of_a_cell_that_is_asked_to_stop_does_not_go_back_into_the_queue(
+    cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[SlurmJob]]
+) -> None:
+    folder = folder_of(PLAN.cells[0], folders[0], budget=BudgetRecipe(device_hours=1))
+    before = Before.of(folder)
+    (job,) = submit(folder)
+    assert wait_until(lambda: read_metrics(folder), 60, 0.1)
+    assert ask_cell(folder)
+    assert closed(folder, ending(job), before).status is Status.INTERRUPTED
+    assert wait_until(lambda: not cluster.ask("squeue", "--me", "--noheader"), 30, 0.1)
+    assert len(read_attempts(folder)) == 1
+
+
+@pytest.mark.slurm
 def test_a_job_that_gets_nowhere_fails_and_says_what_to_change(
-    cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[Job]]
+    cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[SlurmJob]]
 ) -> None:
     """Its time limit is announced while the cell still imports, each time."""
     folder = folders[0]
@@ -193,7 +210,7 @@ def test_a_job_that_gets_nowhere_fails_and_says_what_to_change(
 
 @pytest.mark.slurm
 def test_a_job_that_ends_before_it_listens_is_an_attempt(
-    cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[Job]], monkeypatch: pytest.MonkeyPatch
+    cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[SlurmJob]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm, "GONE", 1.0)
     monkeypatch.setattr(slurm, "LOOK", 0.2)
