@@ -37,6 +37,15 @@ DEFAULTS = {"time": 24 * 60, "signal_delay_s": 600}  # minutes; seconds before t
 AT_LEAST = 120  # seconds between the start of a job and its signal, which SLURM may send a minute too early
 FRUITLESS = 3  # starts in a row, none with a new line of metrics, after which a job does not go back into the queue
 
+NOWHERE = (
+    f"SLURM has ended it {FRUITLESS} times in a row before it had trained an epoch: give it more time "
+    "(--launcher-set time=MINUTES), a later signal (signal_delay_s=SECONDS) or a partition that is not taken away"
+)
+LATE = (
+    "the time limit came before it had saved itself: announce it earlier (--launcher-set signal_delay_s=SECONDS), an "
+    "epoch has to fit"
+)
+
 
 class SlurmLauncher:
     """Arrays of jobs, `workers` of them at a time, with as many GPUs as a cell asks for if the site has any.
@@ -149,13 +158,14 @@ class SlurmTask:
             time.sleep(0.2)
         stopped = _request(word).exists()
         record = _close(folder, ended, before, stopped=stopped or bool(requests))
-        by_slurm = bool(requests) and not stopped and _still_runs()
-        if by_slurm and record and record.status is Status.INTERRUPTED:
-            if _is_fruitless(folder, word):
-                _give_up(folder, record)
-                ended = Ended(code=2)  # not killed: its input has to change
-            elif _requeue():
+        if requests and not stopped and record and record.status is Status.INTERRUPTED:
+            state, reason = _whereabouts()
+            if state == "RUNNING" and _is_fruitless(folder, word):
+                ended = _fail(folder, record, Failure.BAD_CONFIG, NOWHERE)
+            elif state == "RUNNING" and _requeue():
                 return
+            elif reason == "TimeLimit":
+                ended = _fail(folder, record, Failure.KILLED, LATE)
         write_atomic(word, json.dumps({"code": ended.code, "rank": ended.rank, "size": ended.size}))
 
 
@@ -217,7 +227,7 @@ class SlurmJob:
     def _lost(self) -> Ended:
         """How a job has ended that could not say so: its node was lost, or a signal came before it could listen."""
         state = _state(self.id)
-        with suppress(Taken), lock(self.folder):
+        with suppress(OSError, InputError), lock(self.folder):  # taken, or left to who closes it to complain about
             attempts = read_attempts(self.folder)
             if not finished(self.folder) and (not attempts or attempts[-1].status):  # it could not note that it started
                 if state == "CANCELLED":  # while it waited
@@ -287,12 +297,13 @@ def _this_job() -> str:
     return str(_submitit().JobEnvironment().job_id)
 
 
-def _still_runs() -> bool:
-    """Whether SLURM, and not who called scancel, has asked this job to end."""
+def _whereabouts() -> tuple[str, str]:
+    """State and reason of this job: RUNNING unless scancel or its time limit has ended it; empty if nobody knows."""
     try:
-        return _command("squeue", "--noheader", "--format=%T", f"--jobs={_this_job()}").strip() == "RUNNING"
+        state, _, reason = _command("squeue", "--noheader", "--format=%T %r", f"--jobs={_this_job()}").partition(" ")
     except OSError:
-        return False
+        return "", ""
+    return state, reason.strip()
 
 
 def _requeue() -> bool:
@@ -305,17 +316,14 @@ def _requeue() -> bool:
     return True
 
 
-def _give_up(folder: Path, record: Record) -> None:
-    """Make an interrupted cell a failed one whose message says what to change."""
-    message = (
-        f"SLURM has ended it {FRUITLESS} times in a row before it had trained an epoch: give it more time "
-        "(--launcher-set time=MINUTES), a later signal (signal_delay_s=SECONDS) or a partition that is not taken away"
-    )
-    found = {"status": Status.FAILED, "failure": Failure.BAD_CONFIG}
-    with suppress(Taken), lock(folder):
+def _fail(folder: Path, record: Record, failure: Failure, message: str) -> Ended:
+    """Make an interrupted cell a failed one; the end of its processes, which adds nothing to that."""
+    found = {"status": Status.FAILED, "failure": failure}
+    with suppress(OSError, Taken), lock(folder):
         complete_last(folder, **found)
         failed = record.model_copy(update={**found, "message": message})
         write_atomic(folder / "record.json", failed.model_dump_json(indent=1) + "\n")
+    return Ended(code=1)
 
 
 def _request(word: Path) -> Path:

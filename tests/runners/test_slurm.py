@@ -173,6 +173,21 @@ def test_a_time_limit_ends_no_cell(
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
+def test_a_cell_that_cannot_save_itself_before_its_time_limit_says_so(
+    cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[SlurmJob]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_check_limit", lambda *_: None)
+    evaluation = PLAN.cells[0].recipe.evaluation.model_copy(update={"num_prompts": 10**6})
+    folder = folder_of(PLAN.cells[0], folders[0], evaluation=evaluation)
+    before = Before.of(folder)
+    (job,) = submit(folder, time=1, signal_delay_s=1)
+    record = closed(folder, ending(job), before)
+    assert (record.status, record.failure, record.attempts) == (Status.FAILED, Failure.KILLED, 1)
+    assert "signal_delay_s" in record.message
+
+
+@pytest.mark.slurm
 def test_the_job_of_a_cell_that_is_asked_to_stop_does_not_go_back_into_the_queue(
     cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[SlurmJob]]
 ) -> None:
