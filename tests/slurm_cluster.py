@@ -20,7 +20,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmctldPort={controller}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
@@ -97,7 +97,7 @@ def _read(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
-    """Two nodes with one core each."""
+    """Two nodes with one core each. A job that was requeued waits `cred_expire` seconds, else two minutes."""
     for name in ("state", "spool-n0", "spool-n1"):
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)
