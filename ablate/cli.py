@@ -435,7 +435,7 @@ def stop(what: GridOrCell, results: Results = RESULTS) -> None:
             typer.echo(f"{folder.name}: asked process {found['pid']} on {found['host']}")
     typer.echo(f"{counted(number, 'cell')} asked to stop" if number else f"{what}: no cell is running")
     if chosen.whole:
-        typer.echo("An `ablate run` of it that is at work stops too.")
+        typer.echo("An `ablate run` or `ablate tune` of it that is at work stops too.")
 
 
 @app.command()

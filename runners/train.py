@@ -90,11 +90,12 @@ def train_cell(folder: Path) -> Record:
         provenance=provenance(world.size),
     )
     if writes:
-        book_lost(folder, progress.cost.lost)
-        complete_last(folder, ended=time.time(), exit_code=int(not status.settled), status=status, failure=failure)
-        write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n", durable=True)
-        if status.final:
-            checkpoint.discard(folder)
+        with stop_requests():  # which come too late
+            book_lost(folder, progress.cost.lost)
+            complete_last(folder, ended=time.time(), exit_code=int(not status.settled), status=status, failure=failure)
+            write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n", durable=True)
+            if status.final:
+                checkpoint.discard(folder)
     return record
 
 

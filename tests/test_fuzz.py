@@ -81,7 +81,6 @@ REPORT = "report results/study --brief"
 READ = (*LOOK, *LOOK, REPORT)  # which takes longer
 PLAN = ("plan grid.yaml", "plan grid.yaml --json")
 PROMPTS = "plan grid.yaml --set prompts.train={0} --set prompts.evaluation={0}"
-HALVING = "run grid.yaml --freeze --halving 1 --only objective=dpo --only estimator=elbo-simple --seeds 1"
 
 
 def from_yaml(text: str) -> Any:
@@ -139,7 +138,7 @@ KINDS = {
     "metrics": Kind("CELL/metrics.jsonl", as_lines, 220, READ),
     "attempts": Kind("CELL/attempts.jsonl", as_lines, 180, LOOK),
     "ledger": Kind("CELL/checkpoint/ledger.json", as_json, 100, LOOK),
-    "halving": Kind("results/study/halving.json", as_json, 80, (*(HALVING,) * 15, REPORT)),
+    "halving": Kind("results/study/halving.json", as_json, 15, (REPORT,)),
     "limits": Kind("CELL/limits.json", as_json, 24, ("cell CELL",)),
     "request to launchers": Kind("results/study/.stop", as_text, 40, LOOK, lined=False),
     "request to a cell": Kind("CELL/.stop", as_text, 40, (*LOOK, "cell CELL"), lined=False),

@@ -105,7 +105,11 @@ class SlurmLauncher:
         words = [self._word(folder.name, array) for folder in folders]
         given = [(str(folder.resolve()), str(word)) for folder, word in zip(folders, words, strict=True)]
         task = SlurmTask(processes, os.getcwd())
-        jobs = self._executor(processes, array).map_array(task, *zip(*given, strict=True))
+        try:
+            jobs = self._executor(processes, array).map_array(task, *zip(*given, strict=True))
+        except (OSError, RuntimeError) as error:
+            problem = str(error).strip().rpartition("\n")[2]
+            raise InputError(f"--launcher slurm: {problem}; nothing is lost, the same command goes on") from None
         return [
             SlurmJob(job.job_id, word, folder, self.queue)
             for job, folder, word in zip(jobs, folders, words, strict=True)
