@@ -256,7 +256,8 @@ def test_a_checkpoint_with_values_that_no_cell_has_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: object
 ) -> None:
     """Its digest is right: somebody has made it so."""
-    state = dict.fromkeys(checkpoint.KEYS, {}) | {"epoch": 1, "update": 1, "metrics_bytes": 9, "target_reached": False}
+    numbers = {"epoch": 1, "update": 1, "metrics_bytes": 9, "target_reached": False}
+    state = {name: {} for name in checkpoint.KEYS} | numbers
     for name, content in (("state.pt", state | {key: value}), ("before.pt", state)):
         path = tmp_path / "checkpoint" / name
         path.parent.mkdir(exist_ok=True)
