@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -246,6 +247,24 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture
         checkpoint.read_newest(tmp_path, torch.device("cpu"))
     assert capsys.readouterr().err.count("is damaged and left out") == 2
     assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("epoch", -1), ("metrics_bytes", None), ("cost", {"lost": "x"}), ("pending", [1])]
+)
+def test_a_checkpoint_with_values_that_no_cell_has_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: object
+) -> None:
+    """Its digest is right: somebody has made it so."""
+    numbers = {"epoch": 1, "update": 1, "metrics_bytes": 9, "target_reached": False}
+    state = {name: {} for name in checkpoint.KEYS} | numbers
+    for name, content in (("state.pt", state | {key: value}), ("before.pt", state)):
+        path = tmp_path / "checkpoint" / name
+        path.parent.mkdir(exist_ok=True)
+        torch.save(content, path)
+        path.write_bytes(path.read_bytes() + hashlib.sha256(path.read_bytes()).digest())
+    assert checkpoint.read_newest(tmp_path, torch.device("cpu")) == state
+    assert "state.pt is damaged and left out" in capsys.readouterr().err
 
 
 # secrets
