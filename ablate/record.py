@@ -197,7 +197,8 @@ def write_atomic(path: Path, text: str, *, durable: bool = False) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:  # a full disk
+    except OSError as error:  # a full disk
+        error.filename = error.filename or str(path)
         temporary.unlink(missing_ok=True)
         raise
     if durable:
@@ -336,4 +337,6 @@ def parse_metrics(line: str, path: Path, number: int) -> dict[str, Any]:
         value = values.get(name, 0)
         if value is None or not 0 <= value < math.inf or (name == "epoch" and type(value) is not int):
             raise InputError(f"{path}:{number}: {name}: got {shown(value)}, expected a number from 0 on")
+    if "epoch" not in values:
+        raise InputError(f"{path}:{number}: epoch: is missing")
     return values

@@ -57,5 +57,5 @@ def launcher_requests(results: Path) -> Callable[[], bool]:
 def _read(folder: Path) -> str | None:
     try:
         return (folder / NAME).read_text(encoding="utf-8", errors="replace")  # somebody else's word asks nobody
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None

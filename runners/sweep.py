@@ -19,7 +19,7 @@ from rich.text import Text
 from ablate.attempts import read_attempts
 from ablate.lock import held_by, is_locked, is_orphan
 from ablate.plan import Cell, Plan
-from ablate.record import Record, Status, is_damaged, read_json, read_spent, write_atomic
+from ablate.record import Record, Status, is_damaged, read_json, read_plan, read_spent, write_atomic
 from ablate.source import InputError
 from runners.cell import is_open, mend
 from runners.cell_state import CellState, state_of
@@ -83,7 +83,7 @@ def run_cells(
     """
     launcher = launcher or LocalLauncher(workers, most_devices(cells))
     sweep = _Sweep(results=results, cells=cells, console=console, launcher=launcher, attempts=attempts)
-    planned = [cell["id"] for cell in read_json(results / "plan.json")["cells"]] if device_hours is not None else []
+    planned = [cell.id for cell in read_plan(results).cells] if device_hours is not None else []
     asked = asked or launcher_requests(results)
     with live(console, sweep.table) as refresh, stop_requests() as requests:
         try:
