@@ -179,8 +179,6 @@ class Writer:
             parse_metrics(text_of(line, path, number), path, number)
             for number, line in enumerate(lines[synced:], start=synced + 1)
         ]
-        if missing := [number for number, line in enumerate(new, start=synced + 1) if "epoch" not in line]:
-            raise InputError(f"{path}:{missing[0]}: has no 'epoch'")
         points = [point for line in new for point in _points(line, run.start)]
         self._tag(run, {"ablate.claimed": _claim(lines)})
         for batch in _batches(points, METRICS_PER_BATCH):
