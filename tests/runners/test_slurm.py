@@ -156,6 +156,7 @@ def test_a_job_whose_launcher_was_killed_is_kept(
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 def test_a_time_limit_ends_no_cell(
     cluster: SlurmCluster, folders: list[Path], submit: Callable[..., list[SlurmJob]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
