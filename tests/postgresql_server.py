@@ -8,9 +8,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 
@@ -46,6 +47,6 @@ def database(url: str, name: str) -> str:
 
 
 def _run(name: str, *words: str, check: bool = True) -> None:
-    user: Sequence[str] = ("runuser", "-u", "postgres", "--") if os.geteuid() == 0 else ()
     assert PROGRAMS is not None
-    subprocess.run([*user, str(PROGRAMS / name), *words], check=check, capture_output=True, cwd="/")
+    user: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    subprocess.run([str(PROGRAMS / name), *words], check=check, capture_output=True, cwd="/", **user)
