@@ -295,6 +295,10 @@ class Recipe(Strict):
                 f"rollout.num_groups = {self.rollout.num_groups} must be a multiple of update.updates_per_epoch = "
                 f"{self.update.updates_per_epoch}, as an update takes whole groups; change either"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_evenly(self) -> Recipe:
         check_devices(self, self.devices)
         return self
 

@@ -111,6 +111,11 @@ class Ledger(Strict):
         return (self.rollout + self.reward + self.update) / 3600
 
     @property
+    def all_hours(self) -> float:
+        """Device-hours, with those of what was lost: what a cell has taken of a budget."""
+        return self.device_hours + self.lost / 3600
+
+    @property
     def work(self) -> float:
         """Seconds x devices of what has to be done again where no checkpoint holds it."""
         return self.rollout + self.reward + self.update + self.eval + self.compile
@@ -207,6 +212,11 @@ def write_atomic(path: Path, text: str, *, durable: bool = False) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write a cell's record, to stay."""
+    write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n", durable=True)
 
 
 def read_record(folder: Path) -> Record | None:

@@ -65,15 +65,12 @@ def evaluate_cells(
     for spec in scoring.wanted([one.cell for one in trained]):
         scoring.load(spec)
     scoring.target.mkdir(parents=True, exist_ok=True)
-    models = [
-        [_grouped([t.under(scale) for t in cells], lambda t: _base(t.cell)) for scale in guidance_scales]
-        for cells in _grouped(trained, lambda t: t.cell.recipe.model.model_dump_json())
-    ]
-    bases = [alike for scales in models for groups in scales for alike in groups]
-    with steps(console, sum(1 + len(alike) for alike in bases)) as work:
-        for scales in models:
-            policy = SD3Policy(scales[0][0][0].cell.recipe.model, this_device())
-            for alike in (alike for groups in scales for alike in groups):
+    models = _grouped(trained, lambda t: t.cell.recipe.model.model_dump_json())
+    bases = [[alike for scale in guidance_scales for alike in _on_a_base(cells, scale)] for cells in models]
+    with steps(console, sum(1 + len(alike) for of_a_model in bases for alike in of_a_model)) as work:
+        for of_a_model in bases:
+            policy = SD3Policy(of_a_model[0][0].cell.recipe.model, this_device())
+            for alike in of_a_model:
                 with work.step(f"base model, guidance {alike[0].guidance:g}"):
                     yield from scoring.base(policy, [t.cell for t in alike])
                 for one in alike:
@@ -179,6 +176,11 @@ def _grouped(trained: Sequence[_Trained], key: Callable[[_Trained], str]) -> lis
     for one in trained:
         groups.setdefault(key(one), []).append(one)
     return list(groups.values())
+
+
+def _on_a_base(trained: Sequence[_Trained], guidance_scale: float | None) -> list[list[_Trained]]:
+    """Those that share a base, under this guidance."""
+    return _grouped([one.under(guidance_scale) for one in trained], lambda one: _base(one.cell))
 
 
 def _base(cell: Cell) -> str:

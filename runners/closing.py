@@ -13,7 +13,7 @@ from ablate.attempts import Attempt, complete, read_attempts, write_attempts
 from ablate.lock import Taken, lock
 from ablate.metric_ends import read_ends
 from ablate.plan import Cell
-from ablate.record import Failure, Record, Status, read_record, read_spent, write_atomic
+from ablate.record import Failure, Record, Status, read_record, read_spent, write_record
 from ablate.source import InputError
 from runners.cell import finished
 from runners.launchers.protocol import Ended
@@ -78,7 +78,7 @@ def _close(folder: Path, cell: Cell, ended: Ended, before: Before, *, stopped: b
     attempts[-1] = complete(attempts[-1], ended=time.time(), **found)
     write_attempts(folder, attempts)
     record = record.model_copy(update={"attempts": len(attempts)})
-    write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n", durable=True)
+    write_record(folder, record)
     return record
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from ablate.halving import FILE, Halving, arrived, judge, read_halving, shares
 from ablate.limits import Limits, limit
 from ablate.plan import Cell
-from ablate.record import Record, Status, read_record, write_atomic
+from ablate.record import Record, Status, read_record, write_atomic, write_record
 from ablate.source import counted
 from runners.cell_state import state_of
 from runners.live import live_table
@@ -91,7 +91,6 @@ def stop(folder: Path, reason: str, *, discard: bool = False) -> None:
     """Mark a cell that has not ended for good as stopped; with `discard`, without its checkpoint."""
     record = read_record(folder)
     if record is not None and not record.status.final:
-        record = record.model_copy(update={"status": Status.STOPPED, "message": reason})
-        write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n")
+        write_record(folder, record.model_copy(update={"status": Status.STOPPED, "message": reason}))
     if discard:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)

@@ -19,17 +19,18 @@ from rich.text import Text
 from ablate.attempts import read_attempts
 from ablate.lock import held_by, is_locked, is_orphan
 from ablate.plan import Cell, Plan
-from ablate.record import Record, Status, is_damaged, read_json, read_plan, read_spent, write_atomic
+from ablate.record import Record, is_damaged, read_json, read_plan, read_spent, write_atomic
 from ablate.source import InputError
 from runners.cell import is_open, mend
-from runners.cell_state import CellState, state_of
-from runners.closing import Before, close
+from runners.cell_state import FAILED, CellState, state_of
+from runners.closing import Before
+from runners.handed import Handed, hand_over, stop_all
 from runners.launchers.local import LocalLauncher
-from runners.launchers.protocol import Job, Launcher
+from runners.launchers.protocol import Launcher
 from runners.live import live, live_table
 from runners.retries import answer
 from runners.stop_files import launcher_requests
-from runners.stopping import ONE_REQUEST, stop_jobs, stop_requests
+from runners.stopping import ONE_REQUEST, stop_requests
 
 LOOK = 10  # turns of half a second between looks at what other launchers do, and at what has been spent
 
@@ -84,19 +85,18 @@ def run_cells(
     launcher = launcher or LocalLauncher(workers, most_devices(cells))
     sweep = _Sweep(results=results, cells=cells, console=console, launcher=launcher, attempts=attempts)
     planned = [cell.id for cell in read_plan(results).cells] if device_hours is not None else []
-    asked = asked or launcher_requests(results)
+    asked, turns = asked or launcher_requests(results), itertools.count()
     with live(console, sweep.table) as refresh, stop_requests() as requests:
         try:
-            for turn in itertools.count():
-                if not sweep.goes_on:
-                    break
+            while sweep.goes_on:
+                looks = next(turns) % LOOK == 0
                 if requests or asked():  # here, and not in the midst of starting a process, which nobody would know of
                     raise KeyboardInterrupt
-                if device_hours is not None and turn % LOOK == 0 and _spent(results, planned) >= device_hours:
+                if device_hours is not None and looks and _spent(results, planned) >= device_hours:
                     console.print(f"The grid has spent its {device_hours:g} device-hours; every cell saves itself.")
                     sweep.stop(requests)
                     break
-                if turn % LOOK == 0:
+                if looks:
                     sweep.look()
                 sweep.submit()
                 sweep.close()
@@ -125,15 +125,6 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(cells, key=lambda cell: cell.seed)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Running:
-    """A cell that a launcher has."""
-
-    cell: Cell
-    job: Job
-    before: Before
-
-
 @dataclass(kw_only=True)
 class _Sweep:
     """What is still to be done, and what is being done."""
@@ -146,8 +137,8 @@ class _Sweep:
     todo: list[Cell] = field(init=False)
     later: list[tuple[float, Cell]] = field(default_factory=list)  # not before this time.monotonic()
     elsewhere: list[tuple[Cell, Before]] = field(default_factory=list)  # that another process runs
-    running: dict[str, _Running] = field(default_factory=dict)
-    ending: list[tuple[_Running, Future[Record | None]]] = field(default_factory=list)  # being closed
+    running: dict[str, Handed] = field(default_factory=dict)
+    ending: list[tuple[Handed, Future[Record | None]]] = field(default_factory=list)  # being closed
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8))  # a dead node's lock is waited for
     starts: dict[str, int] = field(init=False)  # of each cell before this run
 
@@ -191,10 +182,7 @@ class _Sweep:
                 taken.append(cell)
         if not taken:
             return
-        before = [Before.of(self.results / cell.id) for cell in taken]
-        jobs = self.launcher.submit([self.results / cell.id for cell in taken])
-        for cell, job, found in zip(taken, jobs, before, strict=True):
-            self.running[cell.id] = _Running(cell=cell, job=job, before=found)
+        self.running |= {one.cell.id: one for one in hand_over(self.launcher, self.results, taken)}
 
     def _leave(self, cell: Cell) -> None:
         folder = self.results / cell.id
@@ -206,24 +194,23 @@ class _Sweep:
         for name, running in list(self.running.items()):
             if ended := running.job.poll():
                 del self.running[name]
-                closing = self.pool.submit(close, self.results / name, running.cell, ended, running.before)
-                self.ending.append((running, closing))
+                self.ending.append((running, self.pool.submit(running.close, ended)))
         for running, closing in [pair for pair in self.ending if pair[1].done()]:
             self.ending.remove((running, closing))
             self._closed(running, closing)
 
-    def _closed(self, running: _Running, closing: Future[Record | None]) -> None:
+    def _closed(self, running: Handed, closing: Future[Record | None]) -> None:
         """Say so at once if a cell has failed, and try it again where that helps."""
-        folder = self.results / running.cell.id
+        folder = running.folder
         try:
             record = closing.result()
         except (OSError, InputError) as error:  # a full disk
-            self.console.print(Text(f"{folder.name}: cannot be closed: {error}", style="red"))
+            self._complain(running, error)
             return
         if record is None:  # another process has it
             self._leave(running.cell)
             return
-        if record.status not in (Status.FAILED, Status.DIVERGED, Status.REWARD_UNAVAILABLE):
+        if record.status not in FAILED:
             return
         failures = sum(attempt.failed for attempt in read_attempts(folder)[self.starts[folder.name] :])
         again = answer(record, failures, self.attempts)
@@ -234,13 +221,11 @@ class _Sweep:
 
     def stop(self, requests: Sequence[float]) -> None:
         """Stop all cells, and close them."""
-        ends = stop_jobs([running.job for running in self.running.values()], requests)
-        for running, ended in zip(self.running.values(), ends, strict=True):
-            folder = self.results / running.cell.id
-            try:
-                close(folder, running.cell, ended, running.before, stopped=True)
-            except (OSError, InputError) as error:
-                self.console.print(Text(f"{folder.name}: cannot be closed: {error}", style="red"))
+        for running, error in stop_all(list(self.running.values()), requests):
+            self._complain(running, error)
+
+    def _complain(self, running: Handed, error: Exception) -> None:
+        self.console.print(Text(f"{running.folder.name}: cannot be closed: {error}", style="red"))
 
 
 def _spent(results: Path, planned: Sequence[str]) -> float:
@@ -251,7 +236,6 @@ def _spent(results: Path, planned: Sequence[str]) -> float:
 def _hours(folder: Path) -> float:
     """Device-hours of one cell; none of one whose files are damaged."""
     try:
-        spent = read_spent(folder)
+        return read_spent(folder).all_hours
     except InputError:
         return 0.0
-    return spent.device_hours + spent.lost / 3600

@@ -15,7 +15,7 @@ import torch
 from ablate.advantages import advantages
 from ablate.attempts import begin, book_lost, complete_last, read_attempts
 from ablate.geometry import check_devices
-from ablate.record import Failure, Record, Status, read_cell, read_metrics, read_spent, write_atomic
+from ablate.record import Failure, Record, Status, read_cell, read_metrics, read_spent, write_record
 from ablate.secrets import redacted
 from ablate.source import FieldError, InputError
 from ablate.stop_rule import StopRule
@@ -93,7 +93,7 @@ def train_cell(folder: Path) -> Record:
         with stop_requests():  # which come too late
             book_lost(folder, progress.cost.lost)
             complete_last(folder, ended=time.time(), exit_code=int(not status.settled), status=status, failure=failure)
-            write_atomic(folder / "record.json", record.model_dump_json(indent=1) + "\n", durable=True)
+            write_record(folder, record)
             if status.final:
                 checkpoint.discard(folder)
     return record

@@ -21,16 +21,16 @@ from ablate.halving import MEASURES
 from ablate.lock import Taken, is_locked, lock
 from ablate.plan import Cell
 from ablate.record import Record, Status, read_cell, read_metrics, read_record
-from ablate.source import FieldError, InputError
+from ablate.source import FieldError
 from runners.cell import finished
 from runners.cell_state import state_of
-from runners.closing import Before, close
 from runners.halving import stop
-from runners.launchers.protocol import Job, Launcher
+from runners.handed import Handed, hand_over, stop_all
+from runners.launchers.protocol import Launcher
 from runners.live import live, live_table
 from runners.retries import answer
 from runners.stop_files import launcher_requests
-from runners.stopping import ONE_REQUEST, stop_jobs, stop_requests
+from runners.stopping import ONE_REQUEST, stop_requests
 from runners.studies import Studies, claims
 from runners.trials import IMPOSSIBLE, Family, write_cell, write_plan, writing
 
@@ -48,8 +48,7 @@ class _Running:
     cell: Cell
     folder: Path
     claim: contextlib.ExitStack  # held as long as this process is at work on the trial
-    before: Before
-    job: Job | None = None  # none while it waits, or another process trains the cell, which a killed tuner has left
+    handed: Handed | None = None  # not while it waits, or a process that a killed tuner has left trains the cell
     due: float = 0.0  # time.monotonic() before which it is not handed over again
     hopeless: str = ""
 
@@ -149,8 +148,7 @@ class Tuning:
         except BaseException:
             claim.close()
             raise
-        before = Before.of(folder)
-        return _Running(family=family, trial=trial, cell=cell, folder=folder, claim=claim, before=before)
+        return _Running(family=family, trial=trial, cell=cell, folder=folder, claim=claim)
 
     def _write_plan(self) -> None:
         """Let other commands see the trials so far."""
@@ -175,14 +173,14 @@ class Tuning:
 
     def _ended(self, running: _Running) -> bool:
         """Look at a cell: report what it has evaluated, end it if hopeless, and close its trial when it has ended."""
-        if running.job is None:
+        if running.handed is None:
             return self._hand_over(running)
-        ended = running.job.poll()
+        ended = running.handed.job.poll()
         self._report(running)
         if ended is None:
             return False
-        record = close(running.folder, running.cell, ended, running.before)
-        running.job = None
+        record = running.handed.close(ended)
+        running.handed = None
         return record is not None and self._close(running, record)  # without one, another process has the cell
 
     def _hand_over(self, running: _Running) -> bool:
@@ -192,8 +190,7 @@ class Tuning:
             return False
         if record := finished(running.folder):
             return self._close(running, record)
-        running.before = Before.of(running.folder)
-        (running.job,) = self.launcher.submit([running.folder])
+        (running.handed,) = hand_over(self.launcher, self.results, [running.cell])
         return False
 
     def _report(self, running: _Running) -> None:
@@ -204,9 +201,9 @@ class Tuning:
             if value is None or epoch == 0 or epoch in known:
                 continue
             running.trial.report(value, epoch)
-            if not running.hopeless and running.job and running.trial.should_prune():
+            if not running.hopeless and running.handed and running.trial.should_prune():
                 running.hopeless = f"hopeless: {value:.4g} at epoch {epoch}, below the median of the trials before"
-                running.job.cancel()
+                running.handed.job.cancel()
 
     def _close(self, running: _Running, record: Record) -> bool:
         """Close the trial of a cell that has ended; False where the cell is tried again."""
@@ -214,7 +211,7 @@ class Tuning:
         if running.hopeless and not record.status.final:
             stop(running.folder, running.hopeless, discard=True)
             record = read_record(running.folder) or record
-        spent, value = _hours(record), _measured(record.metrics)
+        spent, value = record.cost.all_hours, _measured(record.metrics)
         if record.status is Status.DONE and value is not None:
             self._tell(trial, claim, "COMPLETE", value, spent)
         elif record.status.final:
@@ -232,9 +229,9 @@ class Tuning:
         trial.set_user_attr("failures", failures)
         if failures >= ATTEMPTS:
             why = f"failed {failures} times: {why}"
-            self._tell(trial, running.claim, "FAIL", why=why, device_hours=_hours(record))
+            self._tell(trial, running.claim, "FAIL", why=why, device_hours=record.cost.all_hours)
         elif again := answer(record, failures, ATTEMPTS):
-            self._say(running, f"{why}; again in {again[0]:g} s, {again[1]}")
+            self._say(running.folder, f"{why}; again in {again[0]:g} s, {again[1]}")
             running.due = time.monotonic() + again[0]
             return False
         else:
@@ -242,12 +239,12 @@ class Tuning:
         return True
 
     def _leave(self, running: _Running, why: str) -> None:
-        self._say(running, f"{why}; {NEXT}")
+        self._say(running.folder, f"{why}; {NEXT}")
         self.left.add((running.family.study, running.trial.number))
         running.claim.close()
 
-    def _say(self, running: _Running, what: str) -> None:
-        self.console.print(f"{running.folder}: {what}", style="red", markup=False)
+    def _say(self, folder: Path, what: str) -> None:
+        self.console.print(f"{folder}: {what}", style="red", markup=False)
 
     def _tell(
         self,
@@ -270,20 +267,10 @@ class Tuning:
 
     def _stop(self, requests: Sequence[float]) -> None:
         """Stop all cells; their trials go on with the next start."""
-        at_work = [(running, running.job) for running in self.running if running.job]
-        ends = stop_jobs([job for _, job in at_work], requests)
-        for (running, _), ended in zip(at_work, ends, strict=True):
-            try:
-                close(running.folder, running.cell, ended, running.before, stopped=True)
-            except (OSError, InputError) as error:  # a full disk, which has ended the others too
-                self._say(running, f"cannot be closed: {error}")
+        for handed, error in stop_all([running.handed for running in self.running if running.handed], requests):
+            self._say(handed.folder, f"cannot be closed: {error}")
         for running in self.running:
             running.claim.close()
-
-
-def _hours(record: Record) -> float:
-    """Device-hours of a cell, with what was lost."""
-    return record.cost.device_hours + record.cost.lost / 3600
 
 
 def _measured(metrics: Any) -> float | None:

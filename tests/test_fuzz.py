@@ -282,13 +282,14 @@ def test_files_that_are_not_damaged_are_read(
         assert (code, err) == (int(command.startswith("status")), "")
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_file_ends_in_a_message(
-    name: str, home: Path, valid: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch
+    name: str, times: int, home: Path, valid: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
     monkeypatch.setattr("runners.stop_files.PATIENCE", 0.01)
-    attack(KINDS[name], home, valid, ablate, KINDS[name].number)
+    attack(KINDS[name], home, valid, ablate, times * KINDS[name].number)
 
 
 def test_a_damaged_row_of_a_probe_ends_in_a_message(tmp_path: Path) -> None:
@@ -307,13 +308,3 @@ def test_a_damaged_row_of_a_probe_ends_in_a_message(tmp_path: Path) -> None:
                 assert re.match(rf"{re.escape(str(path))}:\d+: \S", line), line
 
     read()
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", KINDS)
-def test_thousands_of_damaged_files_end_in_messages(
-    name: str, home: Path, valid: Path, ablate: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(home)
-    monkeypatch.setattr("runners.stop_files.PATIENCE", 0.01)
-    attack(KINDS[name], home, valid, ablate, 5 * KINDS[name].number)

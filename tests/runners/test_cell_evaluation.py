@@ -57,6 +57,7 @@ def stop(cell: Cell, results: Path, ema_decay: float = 0.9) -> Path:
     changed = {
         "evaluation": recipe.evaluation.model_copy(update={"every": 1, "ema_decay": ema_decay}),
         "budget": recipe.budget.model_copy(update={"epochs": 5}),
+        "update": recipe.update.model_copy(update={"learning_rate": 0.03}),  # so that scores of each epoch differ
         "checkpoint_every": 1,
     }
     home = written(cell.model_copy(update={"recipe": recipe.model_copy(update=changed)}), results)

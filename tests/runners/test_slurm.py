@@ -151,7 +151,7 @@ def test_a_job_whose_launcher_was_killed_is_kept(
     assert [job.id for job in submit(*folders)] == [left.id, both[0].id]
     queued = cluster.ask("squeue", "--me", "--noheader", "--array", "--format=%i").split()
     assert sorted(queued) == sorted([left.id, both[0].id])
-    slurm._request(left.word).touch()  # its launcher was killed while it waited for jobs to end
+    slurm.request_of(left.word).touch()  # its launcher was killed while it waited for jobs to end
     assert submit(first)[0].id not in queued
 
 

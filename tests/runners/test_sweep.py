@@ -30,7 +30,7 @@ from ablate.plan import Cell, make_plan
 from ablate.record import Ledger, Record, Status, read_metrics, read_record, write_atomic, write_ledger
 from ablate.source import InputError
 from ablate.stop_rule import StopRule
-from runners import preflight, stopping, sweep
+from runners import handed, preflight, stopping, sweep
 from runners.cell_state import state_of
 from runners.identity import identify
 from runners.launchers import local
@@ -418,13 +418,13 @@ def test_a_failed_cell_is_tried_again_and_a_diverged_one_is_not(folder: Path, mo
 def test_a_cell_that_takes_long_to_be_closed_holds_up_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one whose machine is gone, and whose lock is watched for a minute."""
     script(folder / "fake", 'touch "$4/started"; exit 3', monkeypatch)
-    real = sweep.close
+    real = handed.close
 
     def slow(own: Path, *given: Any, **named: Any) -> Record | None:
         assert own.name == SECOND.id or wait_until((folder / SECOND.id / "started").exists, 20)
         return real(own, *given, **named)
 
-    monkeypatch.setattr(sweep, "close", slow)
+    monkeypatch.setattr(handed, "close", slow)
     states = run_cells(folder, [FIRST, SECOND], workers=1, console=console())
     assert [state.status for state in states] == ["failed", "failed"]
 

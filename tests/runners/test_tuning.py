@@ -436,7 +436,7 @@ def test_a_full_disk_is_what_is_said(
     def write(path: Path, text: str, **how: bool) -> None:
         full() if path.name == place else write_atomic(path, text, **how)
 
-    for module in ("runners.trials", "runners.closing"):
+    for module in ("runners.trials", "ablate.record"):
         monkeypatch.setattr(f"{module}.write_atomic", write)
     if place.startswith("lock"):  # of the studies, or of a trial
         locks = [place == f"lock {number}" for number in (1, 0)]
